@@ -1,0 +1,39 @@
+"""What the machine and the package registries supply to the build, as Bazel repositories.
+
+Each is fetched when a target that needs it is built, and not before.
+"""
+
+load(":buildifier.bzl", "buildifier")
+load(":local_cuda.bzl", "local_cuda")
+load(":local_python.bzl", "local_python")
+load(":python_packages.bzl", "python_packages")
+
+def _environment_impl(_module_ctx):
+    buildifier(
+        name = "buildifier",
+        package = "@bazel/buildifier@8.2.1",
+        sha256 = "b96ea9b13003036c801f52bee6f9b0314738f8432e5cb9d814c89f59292604ee",
+    )
+    local_cuda(
+        name = "cuda",
+        build_file = Label("//third_party:cuda.BUILD.bazel"),
+        packages = {
+            "nvidia-cuda-cccl": "13.0.85",
+            "nvidia-cuda-crt": "13.0.88",
+            "nvidia-cuda-nvcc": "13.0.88",
+            "nvidia-cuda-runtime": "13.0.96",
+            "nvidia-nvvm": "13.0.88",
+        },
+    )
+    local_python(name = "local_python")
+    python_packages(
+        name = "pypi",
+        requirements = Label("//:requirements.in"),
+        lock = Label("//:requirements.lock"),
+        build_files = {
+            Label("//third_party:pybind11.BUILD.bazel"): "pybind11",
+            Label("//third_party:torch.BUILD.bazel"): "torch",
+        },
+    )
+
+environment = module_extension(implementation = _environment_impl)

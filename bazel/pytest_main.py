@@ -1,0 +1,13 @@
+"""Runs pytest on the files given: the main program of every pytest_test."""
+
+import os
+import sys
+
+import pytest
+
+if __name__ == "__main__":
+    options = ["--quiet", "--strict-markers", "--color=no", "-p", "no:cacheprovider"]
+    options += [f"--basetemp={os.environ['TEST_TMPDIR']}/pytest"]
+    if selected := os.environ.get("TESTBRIDGE_TEST_ONLY"):  # bazel test --test_filter=...
+        options += ["-k", selected]
+    sys.exit(pytest.main([*options, *sys.argv[1:]]))

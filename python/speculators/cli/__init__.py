@@ -1,0 +1,1 @@
+"""The ``speculators`` command: each subcommand a thin layer over a function of the library."""

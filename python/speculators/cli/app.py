@@ -1,0 +1,48 @@
+"""The Typer application behind ``speculators`` and ``python -m speculators``.
+
+Subcommands import what they run when they run, so that ``--help`` and ``--version`` answer at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from speculators.version import __version__
+
+app = typer.Typer(
+    name="speculators",
+    help="Build, train, store, convert, evaluate and serve speculative-decoding draft models.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"speculators {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options that stand before a subcommand."""
+
+
+@app.command()
+def env() -> None:
+    """Print versions and operator back ends: what a bug report needs."""
+    from speculators.cli.environment import report
+
+    typer.echo(report())
+
+
+def main() -> None:
+    """The console entry point."""
+    app(prog_name="speculators")

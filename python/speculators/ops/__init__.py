@@ -1,0 +1,28 @@
+"""The operators for Python: one module per operation, each with a pure-torch reference.
+
+``python -m speculators.ops`` says which back end serves which device, and why;
+``python -m speculators.ops.build`` builds the compiled ones from a checkout without Bazel.
+
+=========================  ================================================================
+``hidden_state_packing``   rows of several layers' hidden states, side by side in one buffer
+``host``                   work on the host that needs no torch: packing documents into rows
+``backend``                the choice between ``_C_cuda``, ``_C`` and the reference
+=========================  ================================================================
+
+The modules are imported when first named: ``speculators.ops.host`` does not bring torch along.
+"""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["backend", "hidden_state_packing", "host"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

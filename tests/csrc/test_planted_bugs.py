@@ -1,0 +1,42 @@
+"""Every planted bug is noticed: the kernels' tests would fail if the kernel were wrong.
+
+Each emulator test program takes ``--plant=NAME`` and then runs the kernel with that mistake. It
+must fail: with a wrong result or an exception in the plain build, or with a sanitizer's report.
+"""
+
+import pathlib
+import subprocess
+
+import pytest
+
+CSRC = pathlib.Path("csrc")
+GATHER = CSRC / "hidden_state_packing" / "gather_emulator_test"
+EMULATOR = CSRC / "common" / "cuda_emulator_test"
+
+# Program, suffix of the build, bug, what the failure says.
+PLANTS = [
+    (EMULATOR, "", "missing_barrier", "gave a wrong result"),
+    (EMULATOR, "", "divergent_barrier", "deadlock"),
+    (EMULATOR, "", "shared_overflow", "was noticed"),
+    (EMULATOR, "_address", "shared_overflow", "AddressSanitizer"),
+    (EMULATOR, "_address", "output_overflow", "AddressSanitizer"),
+    (EMULATOR, "_address", "stack_overflow", "AddressSanitizer"),
+    (EMULATOR, "_address", "misaligned_vector", "misaligned"),
+    (EMULATOR, "_thread", "missing_barrier", "ThreadSanitizer: data race"),
+    (EMULATOR, "_thread", "missing_barrier_hidden", "ThreadSanitizer: data race"),
+    (GATHER, "", "ignores_row_stride", "gave a wrong result"),
+    (GATHER, "", "wrong_layer_offset", "gave a wrong result"),
+    (GATHER, "", "stops_after_one_row", "gave a wrong result"),
+    (GATHER, "_address", "copies_past_the_row", "AddressSanitizer"),
+    (GATHER, "_address", "skips_the_index_check", "AddressSanitizer"),
+    (GATHER, "_thread", "all_warps_take_the_same_row", "ThreadSanitizer: data race"),
+]
+
+
+@pytest.mark.parametrize(("program", "build", "bug", "report"), PLANTS)
+def test_a_planted_bug_is_noticed(program: pathlib.Path, build: str, bug: str, report: str) -> None:
+    command = [f"{program}{build}", f"--plant={bug}"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    output = process.stdout + process.stderr
+    assert process.returncode != 0, f"{bug} went unnoticed:\n{output}"
+    assert report in output, output

@@ -1,0 +1,79 @@
+"""README's commands are run: by this test, by another one, or by CI itself."""
+
+import doctest
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+README = pathlib.Path("README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+# Commands that this test cannot run, and the file that does.
+RUN_ELSEWHERE = {
+    "./bazelw test //...": ".ci/run",
+    "./bazelw build //:wheel": "tests/build_rules/BUILD.bazel",
+    "pip install bazel-bin/speculators-*.whl": "tests/build_rules/test_wheel.py",
+    "python -m speculators.ops.build": "tests/ops/test_build.py",
+}
+# What must stand in that file for the claim to hold, where it is not the command itself.
+EVIDENCE = {
+    "./bazelw build //:wheel": '"//:wheel"',
+    "pip install bazel-bin/speculators-*.whl": '"pip", "install"',
+    "python -m speculators.ops.build": '"speculators.ops.build"',
+}
+
+
+def commands() -> list[str]:
+    lines = (line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines())
+    found = [line.split(" #")[0].strip() for line in lines]
+    return [command for command in found if command]
+
+
+def test_it_has_commands_and_python() -> None:
+    assert "./bazelw test //..." in commands()
+    assert any(kind == "python" for kind, _ in BLOCKS)
+
+
+def test_every_command_runs() -> None:
+    for command in commands():
+        if command in RUN_ELSEWHERE:
+            evidence = EVIDENCE.get(command, command)
+            assert evidence in pathlib.Path(RUN_ELSEWHERE[command]).read_text(), command
+            continue
+        words = shlex.split(command)
+        if words[:4] == ["./bazelw", "run", "//tools:speculators", "--"]:
+            words = ["tools/speculators", *words[4:]]
+        elif words[0] == "speculators":
+            words = [sys.executable, "-m", *words]
+        elif words[:2] == ["python", "-m"]:
+            words = [sys.executable, *words[1:]]
+        else:
+            raise AssertionError(f"nothing runs README's command {command!r}; see RUN_ELSEWHERE")
+        process = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, f"{command}\n{process.stdout}{process.stderr}"
+
+
+def test_the_python_examples_print_what_they_say() -> None:
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    for number, (kind, block) in enumerate(BLOCKS):
+        if kind == "python":
+            example = parser.get_doctest(block, {}, f"block {number}", "README.md", 0)
+            assert example.examples, f"block {number} shows no session (>>>)"
+            assert runner.run(example).failed == 0, f"block {number}: see the output above"
+
+
+def test_the_tree_names_every_folder() -> None:
+    """Each folder at the top, each package of the library and each operation has its phrase."""
+    (tree,) = [block for kind, block in BLOCKS if kind == "text" and "csrc/" in block]
+    root = pathlib.Path()
+    folders = {path.parent for path in root.rglob("BUILD.bazel")}
+    named = [
+        path.name
+        for path in folders
+        if path.parent in (root, root / "csrc", root / "python/speculators")
+    ]
+    for name in named:
+        if name:
+            assert f"{name}/" in tree, f"README's tree lacks {name}/"

@@ -1,0 +1,34 @@
+"""``import speculators`` is lazy: it brings nothing along, and its names work all the same."""
+
+import subprocess
+import sys
+
+import pytest
+
+import speculators
+
+
+def test_import_brings_nothing_but_the_standard_library() -> None:
+    """Whatever is not ours and not in the standard library costs start-up time of every command."""
+    program = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import speculators\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - sys.stdlib_module_names - {'speculators'}))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in speculators.__all__:
+        assert getattr(speculators, name) is not None
+        assert name in dir(speculators)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'optimise'"):
+        _ = speculators.optimise

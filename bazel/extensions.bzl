@@ -17,13 +17,7 @@ def _environment_impl(_module_ctx):
     local_cuda(
         name = "cuda",
         build_file = Label("//third_party:cuda.BUILD.bazel"),
-        packages = {
-            "nvidia-cuda-cccl": "13.0.85",
-            "nvidia-cuda-crt": "13.0.88",
-            "nvidia-cuda-nvcc": "13.0.88",
-            "nvidia-cuda-runtime": "13.0.96",
-            "nvidia-nvvm": "13.0.88",
-        },
+        requirements = Label("//third_party:cuda.requirements.lock"),
     )
     local_python(name = "local_python")
     python_packages(

@@ -20,11 +20,11 @@ def _machine_toolkit(rctx):
 def _pypi_toolkit(rctx):
     """Installs the compiler's packages; returns the folder that holds bin, include and lib."""
     pip = [find_python(rctx), "-m", "pip", "--disable-pip-version-check"]
-    packages = ["{}=={}".format(name, version) for name, version in rctx.attr.packages.items()]
     run(
         rctx,
         "installing nvcc from PyPI",
-        pip + ["install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", "packages"] + packages,
+        pip + ["install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"] +
+        ["--target", "packages", "-r", rctx.path(rctx.attr.requirements)],
         timeout = 1800,
     )
     return rctx.path("packages/nvidia/cu13")
@@ -39,7 +39,11 @@ local_cuda = repository_rule(
     implementation = _local_cuda_impl,
     attrs = {
         "build_file": attr.label(mandatory = True, allow_single_file = True),
-        "packages": attr.string_dict(doc = "Distribution to version: the compiler from PyPI.", mandatory = True),
+        "requirements": attr.label(
+            mandatory = True,
+            allow_single_file = True,
+            doc = "The compiler's packages on PyPI, with versions and hashes.",
+        ),
     },
     environ = ["CUDA_HOME", "PATH", "SPECULATORS_CUDA", "SPECULATORS_PYTHON"],
 )

@@ -3,7 +3,7 @@
 Where npm is missing or cannot fetch it, a warning says so and Bazel lists the formatting test as skipped.
 """
 
-load(":local_python.bzl", "find_python", "run")
+load(":local_python.bzl", "local_python_path", "run")
 
 _EXTRACT = """
 import sys, tarfile
@@ -24,7 +24,7 @@ def _fetch(rctx):
     found = run(rctx, "hashing buildifier", ["sha256sum", archive]).split(" ")[0]
     if found != rctx.attr.sha256:
         fail("{} has the sha256 {}, expected {}".format(rctx.attr.package, found, rctx.attr.sha256))
-    run(rctx, "unpacking buildifier", [find_python(rctx), "-c", _EXTRACT, archive])
+    run(rctx, "unpacking buildifier", [local_python_path(rctx), "-c", _EXTRACT, archive])
     run(rctx, "unpacking buildifier", ["chmod", "+x", "buildifier"])
     rctx.delete(archive)
     return None

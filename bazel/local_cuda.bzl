@@ -4,7 +4,7 @@ The machine's toolkit where there is one, else the compiler that NVIDIA publishe
 driver, no GPU needed). `--repo_env=SPECULATORS_CUDA=pypi` asks for the latter in any case.
 """
 
-load(":local_python.bzl", "find_python", "run")
+load(":local_python.bzl", "local_python_path", "run")
 
 def _machine_toolkit(rctx):
     """The folder of a toolkit on this machine that has all we need, or None."""
@@ -19,7 +19,7 @@ def _machine_toolkit(rctx):
 
 def _pypi_toolkit(rctx):
     """Installs the compiler's packages; returns the folder that holds bin, include and lib."""
-    pip = [find_python(rctx), "-m", "pip", "--disable-pip-version-check"]
+    pip = [local_python_path(rctx), "-m", "pip", "--disable-pip-version-check"]
     run(
         rctx,
         "installing nvcc from PyPI",
@@ -45,5 +45,5 @@ local_cuda = repository_rule(
             doc = "The compiler's packages on PyPI, with versions and hashes.",
         ),
     },
-    environ = ["CUDA_HOME", "PATH", "SPECULATORS_CUDA", "SPECULATORS_PYTHON"],
+    environ = ["CUDA_HOME", "PATH", "SPECULATORS_CUDA"],
 )

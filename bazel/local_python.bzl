@@ -62,7 +62,7 @@ def run(rctx, what, command, timeout = 600):
         fail("{} failed:\n{}\n{}".format(what, result.stdout, result.stderr))
     return result.stdout
 
-def find_python(rctx):
+def _find_python(rctx):
     """The Python that builds and runs everything here.
 
     Args:
@@ -93,12 +93,25 @@ def find_python(rctx):
         ", ".join(_VERSIONS),
     ))
 
+def local_python_path(rctx):
+    """The interpreter that local_python chose, for other repository rules.
+
+    Args:
+        rctx: the repository's context.
+
+    Returns:
+        Its path. The calling repository is made anew when another interpreter is chosen, and not when
+        PATH merely changes.
+    """
+    return rctx.read(Label("@local_python//:interpreter.txt"))
+
 def _local_python_impl(rctx):
-    description = run(rctx, "asking Python about itself", [find_python(rctx), "-c", _DESCRIBE])
+    description = run(rctx, "asking Python about itself", [_find_python(rctx), "-c", _DESCRIBE])
     python, include, platform, suffix = description.strip().split("\n")
     if not rctx.path(include).get_child("Python.h").exists:
         fail("{} has no headers: expected Python.h in {}. Install them (Debian: python3-dev).".format(python, include))
     rctx.symlink(include, "include")
+    rctx.file("interpreter.txt", python)
     rctx.file("python.bzl", "EXTENSION_SUFFIX = \"{}\"\n\nPLATFORM_TAG = \"{}\"\n".format(suffix, platform))
     rctx.file("BUILD.bazel", _BUILD.replace("{python}", python))
 

@@ -9,7 +9,7 @@ unpacks wheels.
 All packages form one directory. Bazel does not look into it: packages.txt tells whether it changed.
 """
 
-load(":local_python.bzl", "find_python", "run")
+load(":local_python.bzl", "local_python_path", "run")
 
 _BUILD = """
 load("@rules_python//python:py_library.bzl", "py_library")
@@ -37,7 +37,7 @@ alias(
 """
 
 def _python_packages_impl(rctx):
-    python = find_python(rctx)
+    python = local_python_path(rctx)
     lock = rctx.path(rctx.attr.lock)
     constraints = run(rctx, "reading the lock", [python, rctx.path(rctx.attr._check_hashes), "--constraints", lock])
     rctx.file("constraints.txt", constraints)
@@ -76,10 +76,8 @@ python_packages = repository_rule(
         "_check_hashes": attr.label(default = "//bazel:check_hashes.py"),
     },
     environ = [
-        "PATH",
         "PIP_EXTRA_INDEX_URL",
         "PIP_FIND_LINKS",
         "PIP_INDEX_URL",
-        "SPECULATORS_PYTHON",
     ],
 )

@@ -27,6 +27,7 @@ def cuda_emulator_test(name, srcs, deps = [], **kwargs):
     for suffix, build in _BUILDS.items():
         cc_test(
             name = name + suffix,
+            size = "small",
             srcs = srcs,
             copts = ["-O1", "-g", "-fno-strict-aliasing"] + build.copts,
             linkopts = build.linkopts,

@@ -23,8 +23,6 @@ def torch_extension(name, deps, **kwargs):
         name = name + ".abi3.so",
         linkshared = True,
         linkstatic = True,
-        # libtorch comes last on the line and must stay: through it the loader finds the rest.
-        linkopts = ["-Wl,--no-as-needed"],
         deps = deps + [
             name + "_module",
             "@pypi//torch:link",

@@ -24,7 +24,7 @@ SITE_PACKAGES = next(path for path in sys.path if path.endswith("site-packages")
 # Distributions whose module has another name, and modules that only `ops.build` imports, on
 # machines that build the library and so have them.
 DISTRIBUTION_OF_MODULE: dict[str, str] = {}
-BUILD_ONLY = {"ninja", "pybind11", "setuptools"}
+BUILD_ONLY = {"ninja", "setuptools"}
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,15 @@ def test_a_missing_toolkit_is_an_error(
         build.build(tmp_path, cuda="yes")
 
 
+def test_a_missing_ninja_is_an_error(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(build.BuildError, match="pip install ninja"):
+        build.build(tmp_path, cuda="no")
+
+
 def test_a_toolkit_counts_only_with_compiler_and_runtime(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from typing import TYPE_CHECKING
@@ -86,33 +87,28 @@ def build(output_dir: pathlib.Path, cuda: str = "auto") -> list[pathlib.Path]:
 
     Args:
         output_dir: receives ``_C.abi3.so``, ``_C_cuda.abi3.so`` and ``_host.*.so``.
-        cuda: ``"yes"``, ``"no"``, or ``"auto"``: if nvcc is found.
+        cuda: ``"yes"``, ``"no"``, or ``"auto"``: if this torch has CUDA and nvcc is found.
 
     Returns:
         The files written.
 
     Raises:
-        BuildError: no checkout, no compiler, or a compilation that failed.
+        BuildError: no checkout, something that the build needs is missing, or it failed.
     """
     root = find_sources()
     try:
-        import ninja
-        import pybind11
         import setuptools
+        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise BuildError(
-            f"{error}; the build needs torch, setuptools, ninja and pybind11"
-        ) from error
-    home = None if cuda == "no" else find_cuda(cpp_extension.CUDA_HOME)
+        raise BuildError(f"{error}; the build needs torch, setuptools and ninja") from error
+    _put_ninja_on_path()
+    wanted = cuda == "yes" or (cuda == "auto" and torch.version.cuda is not None)
+    home = find_cuda(cpp_extension.CUDA_HOME) if wanted else None
     if cuda == "yes" and home is None:
         raise BuildError("no CUDA toolkit with nvcc and libcudart_static.a found: set CUDA_HOME")
     cpp_extension.CUDA_HOME = home  # torch's own guess can be the folder of a wrapper of nvcc
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _CUDA_ARCHITECTURES)
-    # torch calls ninja by name. pip puts the program beside Python, or (with --target) beside the
-    # package; neither needs to be on PATH.
-    beside_package = pathlib.Path(ninja.__file__).absolute().parents[1] / "bin"
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, str(beside_package), os.environ["PATH"]])
 
     output_dir.mkdir(parents=True, exist_ok=True)
     extensions = [_operator_library(root, "_C", None)]
@@ -122,7 +118,7 @@ def build(output_dir: pathlib.Path, cuda: str = "auto") -> list[pathlib.Path]:
         setuptools.Extension(
             "_host",
             host_sources(root),
-            include_dirs=[str(root), pybind11.get_include()],
+            include_dirs=[str(root), *cpp_extension.include_paths()],  # torch ships pybind11
             extra_compile_args=[*_CXX_FLAGS],
             language="c++",
         )
@@ -132,6 +128,22 @@ def build(output_dir: pathlib.Path, cuda: str = "auto") -> list[pathlib.Path]:
         folder = pathlib.Path(temporary)
         _compile(root, extensions, folder)
         return [path.replace(output_dir / path.name) for path in sorted(folder.glob("*.so"))]
+
+
+def _put_ninja_on_path() -> None:
+    """Lets torch find ninja, which it calls by name.
+
+    pip puts the program beside Python, or (with ``--target``) beside the package; neither folder
+    needs to be on PATH.
+    """
+    if shutil.which("ninja"):
+        return
+    try:
+        import ninja
+    except ImportError as error:
+        raise BuildError("there is no ninja: pip install ninja") from error
+    beside_package = pathlib.Path(ninja.__file__).absolute().parents[1] / "bin"
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, str(beside_package), os.environ["PATH"]])
 
 
 def _operator_library(

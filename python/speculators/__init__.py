@@ -1,25 +1,65 @@
 """Speculators: draft models that make LLM inference faster without changing its output.
 
 This module is a lazy facade (PEP 562): it imports nothing until a name is asked for, torch
-included, so that ``import speculators`` and ``speculators --help`` answer at once.
+included, so that ``import speculators`` and ``speculators --help`` answer at once. All it does is
+to arrange that transformers' ``AutoConfig`` knows our configurations once both are imported.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from speculators import auto_registration
 from speculators.version import __version__
 
-# The packages that can be reached as attributes: ``speculators.ops`` after ``import speculators``.
-_SUBPACKAGES = ("ops",)
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from speculators.configs.errors import ConfigError as ConfigError
+    from speculators.configs.model_config import Eagle3SpeculatorConfig as Eagle3SpeculatorConfig
+    from speculators.configs.model_config import EagleSpeculatorConfig as EagleSpeculatorConfig
+    from speculators.configs.model_config import HassSpeculatorConfig as HassSpeculatorConfig
+    from speculators.configs.model_config import SpeculatorModelConfig as SpeculatorModelConfig
+    from speculators.configs.proposals import (
+        DynamicTreeTokenProposalConfig as DynamicTreeTokenProposalConfig,
+    )
+    from speculators.configs.proposals import GreedyTokenProposalConfig as GreedyTokenProposalConfig
+    from speculators.configs.proposals import (
+        SamplingTokenProposalConfig as SamplingTokenProposalConfig,
+    )
+    from speculators.configs.proposals import (
+        StaticTreeTokenProposalConfig as StaticTreeTokenProposalConfig,
+    )
+    from speculators.configs.proposals import TokenProposalConfig as TokenProposalConfig
+    from speculators.configs.speculators_config import SpeculatorsConfig as SpeculatorsConfig
+    from speculators.configs.speculators_config import VerifierConfig as VerifierConfig
 
-__all__ = ["__version__", "ops"]
+# Public name -> the module that defines it.
+_DEFINED_IN = {
+    "ConfigError": "speculators.configs.errors",
+    "DynamicTreeTokenProposalConfig": "speculators.configs.proposals",
+    "Eagle3SpeculatorConfig": "speculators.configs.model_config",
+    "EagleSpeculatorConfig": "speculators.configs.model_config",
+    "GreedyTokenProposalConfig": "speculators.configs.proposals",
+    "HassSpeculatorConfig": "speculators.configs.model_config",
+    "SamplingTokenProposalConfig": "speculators.configs.proposals",
+    "SpeculatorModelConfig": "speculators.configs.model_config",
+    "SpeculatorsConfig": "speculators.configs.speculators_config",
+    "StaticTreeTokenProposalConfig": "speculators.configs.proposals",
+    "TokenProposalConfig": "speculators.configs.proposals",
+    "VerifierConfig": "speculators.configs.speculators_config",
+}
+_SUBPACKAGES = ("configs", "ops", "proposals")
+
+__all__ = ["__version__", *_DEFINED_IN, *_SUBPACKAGES]  # noqa: PLE0604 - all of them are strings
+
+auto_registration.install()
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name not in _SUBPACKAGES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+def __getattr__(name: str) -> Any:
+    if name in _DEFINED_IN:
+        return getattr(importlib.import_module(_DEFINED_IN[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES})
+    return sorted({*globals(), *__all__})

@@ -46,7 +46,7 @@ _DEFINED_IN = {
     "TokenProposalConfig": "speculators.configs.proposals",
     "VerifierConfig": "speculators.configs.speculators_config",
 }
-_SUBPACKAGES = ("configs", "ops", "proposals")
+_SUBPACKAGES = ("configs", "models", "ops", "proposals")
 
 __all__ = ["__version__", *_DEFINED_IN, *_SUBPACKAGES]  # noqa: PLE0604 - all of them are strings
 

@@ -1,0 +1,1 @@
+"""The models: one package per draft algorithm, and ``verifier``, the model they draft for."""

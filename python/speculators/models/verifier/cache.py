@@ -1,0 +1,122 @@
+"""The KV cache of a verifier, and how rejected tokens leave it.
+
+transformers' cache for a sliding-window layer forgets what has left the window, so that rejected
+tokens cannot be taken back. Ours keeps every token in every layer, and the window is in the mask
+alone: the logits are the same, and any number of tokens can be cropped, for the price of memory.
+
+Rows are aligned to the right: row b holds its tokens in the last ``lengths[b]`` slots. The distance
+between two slots is then the distance between their tokens, which sliding windows count. Where rows
+keep different numbers of tokens, they are shifted to stay so; keys carry their rotation with them.
+"""
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from speculators.models.verifier.architecture import UnsupportedVerifierError
+
+
+@dataclasses.dataclass
+class VerifierState:
+    """What a verifier remembers of a batch; ``Verifier.step`` and ``Verifier.crop`` change it.
+
+    Attributes:
+        cache: the keys and values, ``[B, N, S, D]`` per layer, S slots.
+        lengths: int64 ``[B]``, the tokens of each row; they fill the last slots.
+        padded: whether some row has fewer tokens than there are slots.
+    """
+
+    cache: Cache
+    lengths: Tensor
+    padded: bool
+
+    @property
+    def slots(self) -> int:
+        """The width of the cache, the longest row's number of tokens."""
+        return int(self.cache.get_seq_length())
+
+    def attention_mask(self, new_tokens: int) -> Tensor | None:
+        """Bool ``[B, S + new_tokens]``, true where there is a token; None where all are."""
+        if not self.padded:
+            return None
+        slots = self.slots
+        slot = torch.arange(slots + new_tokens, device=self.lengths.device)
+        return slot >= slots - self.lengths[:, None]
+
+
+def new_cache(config: PreTrainedConfig) -> Cache:
+    """An empty cache for a model of this text configuration that can be cropped.
+
+    Raises:
+        UnsupportedVerifierError: some layer keeps no plain keys and values.
+    """
+    cache = DynamicCache(config=config)
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise UnsupportedVerifierError(
+                f"layer {number} of model type {config.model_type!r} keeps a recurrent state "
+                f"({type(layer).__name__}), from which rejected tokens cannot be taken back; "
+                "expected attention with keys and values in every layer"
+            )
+        if type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise UnsupportedVerifierError(
+                f"layer {number} of model type {config.model_type!r} needs a cache of class "
+                f"{type(layer).__name__}; supported are full, sliding-window and chunked attention"
+            )
+        cache.layers[number] = DynamicLayer()  # type: ignore[no-untyped-call]
+    return cache
+
+
+def crop(state: VerifierState, lengths: int | Tensor) -> None:
+    """Drops the last tokens of each row, in place.
+
+    Args:
+        state: the state to change.
+        lengths: how many tokens each row keeps, one number or an integer tensor ``[B]``.
+
+    Raises:
+        ValueError: a row would keep fewer than 1 token, or more than it has, or ``lengths`` are no
+            integers ``[B]``.
+    """
+    keep = torch.as_tensor(lengths, device=state.lengths.device)
+    if keep.is_floating_point() or keep.shape not in {torch.Size([]), state.lengths.shape}:
+        raise ValueError(
+            f"lengths are {keep.dtype} {list(keep.shape)}; expected one integer, or integers "
+            f"{list(state.lengths.shape)}"
+        )
+    keep = keep.long().expand_as(state.lengths)
+    if not bool(((keep >= 1) & (keep <= state.lengths)).all()):
+        raise ValueError(
+            f"cannot crop rows of {state.lengths.tolist()} tokens to {keep.tolist()}; "
+            "expected from 1 to as many as there are"
+        )
+    removed = state.lengths - keep
+    if bool((removed == removed[0]).all()):
+        if int(removed[0]) > 0:
+            state.cache.crop(-int(removed[0]))
+        state.lengths = keep
+        return
+    slots = int(keep.max())
+    # Slot j of row b takes the token that lay removed[b] slots before the end of the old cache.
+    sources = torch.arange(slots, device=keep.device) + (state.slots - slots) - removed[:, None]
+    sources = sources.clamp(min=0)  # padding takes anything
+    for layer in cast("list[DynamicLayer]", state.cache.layers):
+        if layer.keys is not None and layer.values is not None:
+            layer.keys = _gather(layer.keys, sources)
+            layer.values = _gather(layer.values, sources)
+    state.lengths = keep
+    state.padded = bool((keep < slots).any())
+
+
+def _gather(cached: Tensor, sources: Tensor) -> Tensor:
+    """``[B, N, S, D]`` and the slots ``[B, R]`` that each row keeps, to ``[B, N, R, D]``."""
+    index = sources.to(cached.device)[:, None, :, None]
+    return cached.gather(2, index.expand(-1, cached.shape[1], -1, cached.shape[3]))

@@ -252,6 +252,6 @@ def test_code_of_a_checkpoint_is_not_run_unasked(tmp_path: Path) -> None:
 def test_deep_models_have_the_usual_auxiliary_layers() -> None:
     config = verifier_models.make("llama").config
     config.num_hidden_layers = 8
-    verifier = Verifier(LlamaForCausalLM(config))  # type: ignore[no-untyped-call]
+    verifier = Verifier(LlamaForCausalLM(config))
     assert isinstance(verifier.head, nn.Module)
     assert verifier.default_aux_layer_ids() == (2, 4, 5)

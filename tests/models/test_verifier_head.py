@@ -171,7 +171,7 @@ def test_the_head_of_a_model_with_recurrent_layers_is_served(tmp_path: Path) -> 
     """Its hidden states can come from another engine; Qwen3-Next's norm is of the 1 + w kind."""
     config = transformers.Qwen3NextConfig(**(BASE | RECURRENT["Qwen3Next"]))
     torch.manual_seed(0)
-    model: Any = transformers.Qwen3NextForCausalLM(config)  # type: ignore[no-untyped-call]
+    model: Any = transformers.Qwen3NextForCausalLM(config)
     model.eval()
     nn.init.normal_(model.model.norm.weight)
     model.save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
         find_architecture(both_ways)
 
 
-class Doubled(transformers.LlamaForCausalLM):  # type: ignore[no-untyped-call]
+class Doubled(transformers.LlamaForCausalLM):
     """A model whose forward does something to its logits that no configuration field says."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

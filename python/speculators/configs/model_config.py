@@ -45,7 +45,7 @@ def register_config(config_class: type[_Config]) -> type[_Config]:
     return config_class
 
 
-class SpeculatorModelConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class SpeculatorModelConfig(PretrainedConfig):
     """The configuration of a draft model; read one with :meth:`from_pretrained`.
 
     The fields are those of ``schema_class`` (:mod:`speculators.configs.schemas`), as keyword

@@ -166,7 +166,7 @@ def _operator_library(
         link += [f"-L{folder}" for folder in _cudart_folders(cuda_home)]
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     # CppExtension also for CUDA: .cu files still go to nvcc, but nothing links libtorch_cuda.
-    extension: setuptools.Extension = cpp_extension.CppExtension(  # type: ignore[no-untyped-call]
+    extension: setuptools.Extension = cpp_extension.CppExtension(
         name,
         library_sources(root, name),
         include_dirs=[str(root)],

@@ -99,13 +99,13 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         raise UnsupportedVerifierError(
             f"{name} attends in both directions; expected a causal language model"
         )
-    lm_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    lm_head = model.get_output_embeddings()
     if lm_head is None:
         raise UnsupportedVerifierError(
             f"{name} has no output head; expected a class such as LlamaForCausalLM or "
             "Qwen3VLForConditionalGeneration"
         )
-    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = model.get_decoder()
     inner = getattr(decoder, "model", None)
     if decoder is model and isinstance(inner, nn.Module):
         decoder = inner  # get_decoder found none and returned the model (Llama4ForCausalLM)

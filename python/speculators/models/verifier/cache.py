@@ -71,7 +71,7 @@ def new_cache(config: PreTrainedConfig) -> Cache:
                 f"layer {number} of model type {config.model_type!r} needs a cache of class "
                 f"{type(layer).__name__}; supported are full, sliding-window and chunked attention"
             )
-        cache.layers[number] = DynamicLayer()  # type: ignore[no-untyped-call]
+        cache.layers[number] = DynamicLayer()
     return cache
 
 

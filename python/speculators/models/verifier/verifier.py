@@ -78,7 +78,7 @@ class Verifier:
             )
         self._parts = find_architecture(model)
         cache.new_cache(self._parts.config)
-        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        self.model: PreTrainedModel = model.eval()
         self.head = VerifierHead.from_model(model)
         self._tokenizer = tokenizer
         self._load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None

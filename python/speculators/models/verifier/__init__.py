@@ -18,16 +18,32 @@ The modules are imported when first named.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["architecture", "cache", "capture", "checkpoint", "head", "rows", "verifier"]
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from speculators.models.verifier.architecture import (
+        UnsupportedVerifierError as UnsupportedVerifierError,
+    )
+    from speculators.models.verifier.head import VerifierHead as VerifierHead
+    from speculators.models.verifier.verifier import Verifier as Verifier
+
+_DEFINED_IN = {
+    "UnsupportedVerifierError": "architecture",
+    "Verifier": "verifier",
+    "VerifierHead": "head",
+}
+_MODULES = ("architecture", "cache", "capture", "checkpoint", "head", "rows", "verifier")
+
+__all__ = ["UnsupportedVerifierError", "Verifier", "VerifierHead"]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+def __getattr__(name: str) -> Any:
+    if name in _DEFINED_IN:
+        return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_DEFINED_IN, *_MODULES})

@@ -3,9 +3,12 @@
 import doctest
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+
+import pytest
 
 README = pathlib.Path("README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -36,23 +39,30 @@ def test_it_has_commands_and_python() -> None:
     assert any(kind == "python" for kind, _ in BLOCKS)
 
 
-def test_every_command_runs() -> None:
+def run_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python -m module arguments``, in this process, which has imported torch already."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0):
+            raise AssertionError(f"{module} {arguments} exited with {exit_.code}") from exit_
+
+
+def test_every_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands():
+        words = shlex.split(command)
         if command in RUN_ELSEWHERE:
             evidence = EVIDENCE.get(command, command)
             assert evidence in pathlib.Path(RUN_ELSEWHERE[command]).read_text(), command
-            continue
-        words = shlex.split(command)
-        if words[:4] == ["./bazelw", "run", "//tools:speculators", "--"]:
-            words = ["tools/speculators", *words[4:]]
+        elif words[:4] == ["./bazelw", "run", "//tools:speculators", "--"]:
+            subprocess.run(["tools/speculators", *words[4:]], check=True, capture_output=True)
         elif words[0] == "speculators":
-            words = [sys.executable, "-m", *words]
+            run_module("speculators", words[1:], monkeypatch)
         elif words[:2] == ["python", "-m"]:
-            words = [sys.executable, *words[1:]]
+            run_module(words[2], words[3:], monkeypatch)
         else:
             raise AssertionError(f"nothing runs README's command {command!r}; see RUN_ELSEWHERE")
-        process = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, f"{command}\n{process.stdout}{process.stderr}"
 
 
 def test_the_python_examples_print_what_they_say() -> None:

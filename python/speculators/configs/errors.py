@@ -26,8 +26,13 @@ def validate(model: type[_Model], data: Any, source: str) -> _Model:
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        lines = [_line(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n  ".join([f"{source} is not valid:", *lines])) from None
+        raise config_error(error, source) from None
+
+
+def config_error(error: pydantic.ValidationError, source: str) -> ConfigError:
+    """What pydantic found wrong, one line for each field."""
+    lines = [_line(detail) for detail in error.errors(include_url=False)]
+    return ConfigError("\n  ".join([f"{source} is not valid:", *lines]))
 
 
 def _line(detail: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 from transformers import AutoConfig, PretrainedConfig
 
-from speculators.configs.errors import ConfigError, validate
+from speculators.configs.errors import ConfigError, config_error, validate
 from speculators.configs.schemas import (
     MODEL_TYPE,
     Eagle3Schema,
@@ -101,12 +101,10 @@ class SpeculatorModelConfig(PretrainedConfig):
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     def _set_field(self, name: str, value: Any) -> None:
-        schema = self.schema
         try:
-            setattr(schema, name, value)
-        except pydantic.ValidationError:
-            validate(type(schema), {**schema.to_json_dict(), name: value}, type(self).__name__)
-            raise
+            setattr(self.schema, name, value)
+        except pydantic.ValidationError as error:
+            raise config_error(error, type(self).__name__) from None
         object.__setattr__(self, "_layer_config", None)
 
     @property

@@ -76,11 +76,10 @@ class SpeculatorSchema(pydantic.BaseModel):
     def read(cls, data: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments that make the schema of a file: what it lacks stays lacking."""
         absent = dict.fromkeys(("model_type", "transformers_version", "tie_word_embeddings"))
-        # The peer writes an empty auto_map, which tells transformers nothing.
-        return {
-            **absent,
-            **{key: value for key, value in data.items() if (key, value) != ("auto_map", {})},
-        }
+        fields = {**absent, **data}
+        if fields.get("auto_map") == {}:  # tells transformers nothing
+            del fields["auto_map"]
+        return fields
 
     def to_json_dict(self) -> dict[str, Any]:
         """The file's content: plain JSON types; what a file may lack is left out if it is None."""

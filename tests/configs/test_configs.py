@@ -207,6 +207,11 @@ def test_changes_are_checked_and_written() -> None:
     with pytest.raises(ConfigError, match="draft_vocab_size: found 0"):
         config.draft_vocab_size = 0
     assert config.draft_vocab_size == 32000
+    config.norm_before_fc = True
+    with pytest.raises(ConfigError, match="norm_before_fc and fc_norm are both true"):
+        config.fc_norm = True
+    assert (config.norm_before_fc, config.fc_norm) == (True, False)
+    assert SpeculatorModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_overrides_on_loading(tmp_path: pathlib.Path) -> None:

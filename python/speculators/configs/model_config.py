@@ -101,9 +101,12 @@ class SpeculatorModelConfig(PretrainedConfig):
         super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     def _set_field(self, name: str, value: Any) -> None:
+        before = getattr(self.schema, name)
         try:
             setattr(self.schema, name, value)
         except pydantic.ValidationError as error:
+            # Pydantic keeps the value if only a check of several fields together refused it.
+            self.schema.__dict__[name] = before
             raise config_error(error, type(self).__name__) from None
         object.__setattr__(self, "_layer_config", None)
 

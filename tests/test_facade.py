@@ -1,5 +1,6 @@
 """``import speculators`` is lazy: it brings nothing along, and its names work all the same."""
 
+import importlib
 import subprocess
 import sys
 
@@ -23,10 +24,23 @@ def test_import_brings_nothing_but_the_standard_library() -> None:
     assert process.stdout.strip() == "[]"
 
 
-def test_every_public_name_can_be_had() -> None:
-    for name in speculators.__all__:
-        assert getattr(speculators, name) is not None
-        assert name in dir(speculators)
+@pytest.mark.parametrize("package", ["", ".models", ".models.verifier"])
+def test_every_public_name_can_be_had(package: str) -> None:
+    module = importlib.import_module(f"speculators{package}")
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name in dir(module)
+
+
+def test_names_that_other_code_imports() -> None:
+    """Under the names that the documentation of the format's other library gives."""
+    from speculators.models import eagle, eagle3, hass
+    from speculators.proposals import GreedyTokenProposalConfig
+
+    assert speculators.GreedyTokenProposalConfig is GreedyTokenProposalConfig
+    assert speculators.Eagle3SpeculatorConfig is eagle3.Eagle3SpeculatorConfig
+    assert speculators.EagleSpeculatorConfig is eagle.EagleSpeculatorConfig
+    assert speculators.HassSpeculatorConfig is hass.HassSpeculatorConfig
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,14 +1,14 @@
 """Speculators: draft models that make LLM inference faster without changing its output.
 
-This module is a lazy facade (PEP 562): it imports nothing until a name is asked for, torch
-included, so that ``import speculators`` and ``speculators --help`` answer at once. All it does is
-to arrange that transformers' ``AutoConfig`` knows our configurations once both are imported.
+This module is a lazy facade: it imports nothing until a name is asked for, torch included, so that
+``import speculators`` and ``speculators --help`` answer at once. All it does is to arrange that
+transformers' ``AutoConfig`` knows our configurations once both are imported.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from speculators import auto_registration
+from speculators.lazy_facade import lazy_facade
 from speculators.version import __version__
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.configs.proposals import TokenProposalConfig as TokenProposalConfig
     from speculators.configs.speculators_config import SpeculatorsConfig as SpeculatorsConfig
     from speculators.configs.speculators_config import VerifierConfig as VerifierConfig
+    from speculators.models.speculator_model import SpeculatorModel as SpeculatorModel
 
 # Public name -> the module that defines it.
 _DEFINED_IN = {
@@ -40,6 +41,7 @@ _DEFINED_IN = {
     "GreedyTokenProposalConfig": "speculators.configs.proposals",
     "HassSpeculatorConfig": "speculators.configs.model_config",
     "SamplingTokenProposalConfig": "speculators.configs.proposals",
+    "SpeculatorModel": "speculators.models.speculator_model",
     "SpeculatorModelConfig": "speculators.configs.model_config",
     "SpeculatorsConfig": "speculators.configs.speculators_config",
     "StaticTreeTokenProposalConfig": "speculators.configs.proposals",
@@ -52,14 +54,4 @@ __all__ = ["__version__", *_DEFINED_IN, *_SUBPACKAGES]  # noqa: PLE0604 - all of
 
 auto_registration.install()
 
-
-def __getattr__(name: str) -> Any:
-    if name in _DEFINED_IN:
-        return getattr(importlib.import_module(_DEFINED_IN[name]), name)
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_facade(__name__, _DEFINED_IN, _SUBPACKAGES)

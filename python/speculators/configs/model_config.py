@@ -6,15 +6,16 @@ writing and checking go to it, and its fields show up as attributes.
 """
 
 import copy
+import importlib.metadata
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from transformers import AutoConfig, PretrainedConfig
 
+from speculators.atomic import atomic_file
 from speculators.configs.errors import ConfigError, config_error, validate
 from speculators.configs.schemas import (
     MODEL_TYPE,
@@ -25,6 +26,9 @@ from speculators.configs.schemas import (
 )
 
 CONFIG_NAME = "config.json"
+
+# Where installed packages announce algorithms: TYPE = "module:SPEC", an ``AlgorithmSpec``.
+ENTRY_POINTS = "speculators.algorithms"
 
 # ``speculators_model_type`` -> its configuration class.
 _TYPES: dict[str, type["SpeculatorModelConfig"]] = {}
@@ -43,6 +47,13 @@ def register_config(config_class: type[_Config]) -> type[_Config]:
     if known is not config_class:
         raise ValueError(f"the type {name!r} is registered already, by {known.__qualname__}")
     return config_class
+
+
+def _type(name: str) -> type["SpeculatorModelConfig"] | None:
+    if name not in _TYPES:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            register_config(entry.load().config_class)
+    return _TYPES.get(name)
 
 
 class SpeculatorModelConfig(PretrainedConfig):
@@ -81,6 +92,11 @@ class SpeculatorModelConfig(PretrainedConfig):
     def speculators_model_type_name(cls) -> str:
         """The ``speculators_model_type`` that this class stands for."""
         return str(cls.schema_class.model_fields["speculators_model_type"].default)
+
+    @property
+    def aux_layer_ids(self) -> list[int] | None:
+        """The verifier's residual streams that the draft reads; None if it does not name them."""
+        return None
 
     # ---- attributes
 
@@ -156,7 +172,7 @@ class SpeculatorModelConfig(PretrainedConfig):
         """
         source = str(kwargs.get("name_or_path") or "the configuration")
         found = config_dict.get("speculators_model_type")
-        chosen = _TYPES.get(found) if isinstance(found, str) else None
+        chosen = _type(found) if isinstance(found, str) else None
         if chosen is None or not issubclass(chosen, cls):
             expected = [name for name, known in _TYPES.items() if issubclass(known, cls)]
             raise ConfigError(
@@ -197,17 +213,8 @@ class SpeculatorModelConfig(PretrainedConfig):
             OSError: the folder cannot be written.
         """
         folder = pathlib.Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".config-", delete=False) as file:
-            try:
-                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                pathlib.Path(file.name).chmod(0o644)
-                pathlib.Path(file.name).replace(folder / CONFIG_NAME)
-            except BaseException:
-                pathlib.Path(file.name).unlink()
-                raise
+        with atomic_file(folder / CONFIG_NAME, "w") as file:
+            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -277,6 +284,12 @@ class Eagle3SpeculatorConfig(SpeculatorModelConfig):
     def __init__(self, **fields: Any) -> None:
         """Builds a configuration from the schema's fields."""
         super().__init__(**fields)
+
+    @property
+    def aux_layer_ids(self) -> list[int] | None:
+        """The verifier's residual streams that the draft reads, increasing."""
+        ids: list[int] | None = self.schema.eagle_aux_hidden_state_layer_ids
+        return ids
 
 
 # For AutoConfig.from_pretrained; speculators.auto_registration sees to it that this line runs.

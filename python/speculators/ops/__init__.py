@@ -4,6 +4,9 @@
 ``python -m speculators.ops.build`` builds the compiled ones from a checkout without Bazel.
 
 =========================  ================================================================
+``chunked_distillation``   heads and loss over all drafting steps, never with all logits at once
+``distillation_loss``      what a draft's logits lose against the verifier's, row by row
+``draft_attention``        attention of drafts in training: a causal step, then one key per step
 ``hidden_state_packing``   rows of several layers' hidden states, side by side in one buffer
 ``host``                   work on the host that needs no torch: packing documents into rows
 ``backend``                the choice between ``_C_cuda``, ``_C`` and the reference
@@ -15,7 +18,14 @@ The modules are imported when first named: ``speculators.ops.host`` does not bri
 import importlib
 from types import ModuleType
 
-__all__ = ["backend", "hidden_state_packing", "host"]
+__all__ = [
+    "backend",
+    "chunked_distillation",
+    "distillation_loss",
+    "draft_attention",
+    "hidden_state_packing",
+    "host",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

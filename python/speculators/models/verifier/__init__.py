@@ -4,7 +4,8 @@
 ``verifier``      ``Verifier``: prefill, step and crop with a KV cache, and the residual streams
 ``head``          ``VerifierHead``: final norm, head, scale and softcap; the one source of targets
 ``architecture``  where a model keeps its layers, norm and head; which layers a draft reads
-``checkpoint``    the head's few tensors read from a checkpoint, without the rest of the model
+``checkpoint``    a few tensors read from a checkpoint, without the rest of the model
+``parts``         ``VerifierParts``: embedding and head, which is what a draft borrows
 ``capture``       hooks that hand out residual streams
 ``cache``         the KV cache, and how rejected tokens leave it
 ``rows``          the shape of a batch: padding on the left, or documents packed into rows
@@ -17,33 +18,26 @@ and ``k = n`` the last layer's output BEFORE the final norm. What transformers r
 The modules are imported when first named.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from speculators.lazy_facade import lazy_facade
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.models.verifier.architecture import (
         UnsupportedVerifierError as UnsupportedVerifierError,
     )
     from speculators.models.verifier.head import VerifierHead as VerifierHead
+    from speculators.models.verifier.parts import VerifierParts as VerifierParts
     from speculators.models.verifier.verifier import Verifier as Verifier
 
 _DEFINED_IN = {
-    "UnsupportedVerifierError": "architecture",
-    "Verifier": "verifier",
-    "VerifierHead": "head",
+    "UnsupportedVerifierError": "speculators.models.verifier.architecture",
+    "Verifier": "speculators.models.verifier.verifier",
+    "VerifierHead": "speculators.models.verifier.head",
+    "VerifierParts": "speculators.models.verifier.parts",
 }
-_MODULES = ("architecture", "cache", "capture", "checkpoint", "head", "rows", "verifier")
+_MODULES = ("architecture", "cache", "capture", "checkpoint", "head", "parts", "rows", "verifier")
 
-__all__ = ["UnsupportedVerifierError", "Verifier", "VerifierHead"]
+__all__ = ["UnsupportedVerifierError", "Verifier", "VerifierHead", "VerifierParts"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _DEFINED_IN:
-        return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_DEFINED_IN, *_MODULES})
+__getattr__, __dir__ = lazy_facade(__name__, _DEFINED_IN, _MODULES)

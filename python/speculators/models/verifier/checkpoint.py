@@ -1,6 +1,6 @@
-"""The final norm and the head of a checkpoint, read without the rest of the model.
+"""The final norm, the head and the embedding of a checkpoint, read without the rest of the model.
 
-The model is built on the meta device, which costs no memory, and only the two modules get tensors.
+The model is built on the meta device, which costs no memory, and only these modules get tensors.
 Names in a checkpoint often differ from the names in the model (older multimodal checkpoints do), so
 they are translated by transformers' own table, never by how a name ends.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -30,14 +30,8 @@ SINGLE = "model.safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def load_head(
-    path_or_id: str | os.PathLike[str],
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    local_files_only: bool = False,
-) -> Architecture:
-    """Finds the parts of a checkpoint's model and fills the final norm and the head, and only them.
+class PartialCheckpoint:
+    """A checkpoint from which single modules are read.
 
     Args:
         path_or_id: a directory or a model's name on the Hub.
@@ -45,25 +39,88 @@ def load_head(
         revision: a branch, tag or commit on the Hub.
         local_files_only: never asks the Hub.
 
-    Returns:
-        The parts, with ``final_norm`` and ``lm_head`` on the CPU in the stored dtype, everything
-        else on the meta device.
-
     Raises:
-        UnsupportedVerifierError: the head or final norm is of an unknown kind, or quantised.
+        UnsupportedVerifierError: the head or final norm is of an unknown kind.
         FileNotFoundError: there are no safetensors files.
-        ValueError: a tensor that the head needs is missing.
     """
-    hub = {"revision": revision, "local_files_only": local_files_only}
-    config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code, **hub)
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    parts = find_architecture(model)
-    names = {module: name for name, module in model.named_modules()}
-    stored = _stored_names(model, _tensor_files(path_or_id, hub))
-    for module in (parts.final_norm, parts.lm_head):
-        _fill(module, names[module], stored, model, str(path_or_id), hub)
-    return parts
+
+    def __init__(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self._path = path_or_id
+        self._hub = {"revision": revision, "local_files_only": local_files_only}
+        config = AutoConfig.from_pretrained(
+            path_or_id, trust_remote_code=trust_remote_code, **self._hub
+        )
+        with torch.device("meta"):
+            self._model = auto_class(config).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+        self._parts = find_architecture(self._model)
+        self._names = {module: name for name, module in self._model.named_modules()}
+        self._stored = _stored_names(self._model, _tensor_files(path_or_id, self._hub))
+
+    def head(self) -> Architecture:
+        """The parts of the model.
+
+        Returns:
+            The parts, with ``final_norm`` and ``lm_head`` on the CPU in the stored dtype,
+            everything else on the meta device.
+
+        Raises:
+            UnsupportedVerifierError: the head is quantised.
+            ValueError: a tensor is missing.
+        """
+        for module in (self._parts.final_norm, self._parts.lm_head):
+            tensors = {
+                name: self._tensor(f"{self._names[module]}.{name}", tensor.shape)
+                for name, tensor in module.state_dict().items()
+            }
+            module.load_state_dict(tensors, assign=True)
+            if any(buffer.is_meta for buffer in module.buffers()):
+                raise UnsupportedVerifierError(
+                    f"{type(module).__name__} has buffers that no checkpoint stores; load the "
+                    "model and use VerifierHead.from_model"
+                )
+        return self._parts
+
+    def embedding(self) -> Tensor:
+        """The input embedding ``[V, H]``, on the CPU in the stored dtype.
+
+        Raises:
+            UnsupportedVerifierError: it is quantised.
+            ValueError: it is missing.
+        """
+        module = self._model.get_input_embeddings()
+        return self._tensor(f"{self._names[module]}.weight", module.weight.shape)
+
+    def _tensor(self, name: str, shape: torch.Size) -> Tensor:
+        tied: dict[str, str] = self._model.all_tied_weights_keys
+        # A head that is stored is read, tied or not: transformers ties only where both are equal.
+        key = name if name in self._stored else tied.get(name, name)
+        if key not in self._stored:
+            raise ValueError(
+                f"{self._path} has no tensor {name!r}"
+                + (f", nor {key!r}, to which it is tied" if key != name else "")
+                + "; expected the checkpoint of a whole, unquantised model. Where it is "
+                "quantised, load the model and use VerifierHead.from_model"
+            )
+        source, file = self._stored[key]
+        path = str(cached_file(self._path, file, **self._hub))
+        with safe_open(path, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(source)
+        if tensor.dtype not in DTYPES or tensor.shape != shape:
+            raise UnsupportedVerifierError(
+                f"tensor {source!r} of {self._path} is {tensor.dtype} {list(tensor.shape)}; "
+                f"expected a floating-point tensor {list(shape)}. Where it is quantised, load the "
+                "model and use VerifierHead.from_model"
+            )
+        return tensor
 
 
 def _tensor_files(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, str]:
@@ -97,43 +154,3 @@ def _stored_names(model: PreTrainedModel, files: dict[str, str]) -> dict[str, tu
         if converted is None:
             stored[name] = (source, file)
     return stored
-
-
-def _fill(
-    module: nn.Module,
-    module_name: str,
-    stored: dict[str, tuple[str, str]],
-    model: PreTrainedModel,
-    path: str,
-    hub: dict[str, Any],
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = model.all_tied_weights_keys
-    for name in module.state_dict():
-        full = f"{module_name}.{name}"
-        # A head that is stored is read, tied or not: transformers ties only where both are equal.
-        key = full if full in stored else tied.get(full, full)
-        if key not in stored:
-            raise ValueError(
-                f"{path} has no tensor {full!r}"
-                + (f", nor {key!r}, to which it is tied" if key != full else "")
-                + "; expected the checkpoint of a whole, unquantised head. Where the head is "
-                "quantised, load the model and use VerifierHead.from_model"
-            )
-        source, file = stored[key]
-        with safe_open(str(cached_file(path, file, **hub)), framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(source)
-        expected = module.state_dict()[name].shape
-        if tensor.dtype not in DTYPES or tensor.shape != expected:
-            raise UnsupportedVerifierError(
-                f"tensor {source!r} of {path} is {tensor.dtype} {list(tensor.shape)}; expected a "
-                f"floating-point tensor {list(expected)}. Where the head is quantised, load the "
-                "model and use VerifierHead.from_model"
-            )
-        tensors[name] = tensor
-    module.load_state_dict(tensors, assign=True)
-    if any(buffer.is_meta for buffer in module.buffers()):
-        raise UnsupportedVerifierError(
-            f"{type(module).__name__} has buffers that no checkpoint stores; load the model and "
-            "use VerifierHead.from_model"
-        )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculators.models.verifier import checkpoint
 from speculators.models.verifier.architecture import LogitTransform, find_architecture
+from speculators.models.verifier.checkpoint import PartialCheckpoint
 
 
 class VerifierHead(nn.Module):
@@ -74,14 +74,19 @@ class VerifierHead(nn.Module):
             FileNotFoundError: there are no safetensors files.
             ValueError: a tensor that the head needs is missing.
         """
-        parts = checkpoint.load_head(
+        parts = PartialCheckpoint(
             path_or_id,
             trust_remote_code=trust_remote_code,
             revision=revision,
             local_files_only=local_files_only,
-        )
+        ).head()
         head = cls(parts.final_norm, parts.lm_head, parts.logit_transform)
         return head.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the head's weights, and of its logits."""
+        return next(self.lm_head.parameters()).dtype
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         """The final norm: f from the stream before it.

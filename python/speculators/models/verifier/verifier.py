@@ -56,7 +56,7 @@ class VerifierOutput:
 class Verifier:
     """A causal language model with a cache that can be cropped, and with its residual streams.
 
-    Gradients are off in every call. The model is switched to evaluation mode.
+    The model is frozen and switched to evaluation mode.
 
     Args:
         model: a causal language model, or an image-text-to-text model whose text part serves.
@@ -78,7 +78,7 @@ class Verifier:
             )
         self._parts = find_architecture(model)
         cache.new_cache(self._parts.config)
-        self.model: PreTrainedModel = model.eval()
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.head = VerifierHead.from_model(model)
         self._tokenizer = tokenizer
         self._load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None

@@ -66,12 +66,15 @@ def test_every_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_python_examples_print_what_they_say() -> None:
+    """One after the other, as a reader would type them: later ones use what earlier ones made."""
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    session: dict[str, object] = {}
     for number, (kind, block) in enumerate(BLOCKS):
         if kind == "python":
-            example = parser.get_doctest(block, {}, f"block {number}", "README.md", 0)
+            example = parser.get_doctest(block, session, f"block {number}", "README.md", 0)
             assert example.examples, f"block {number} shows no session (>>>)"
-            assert runner.run(example).failed == 0, f"block {number}: see the output above"
+            assert runner.run(example, clear_globs=False).failed == 0, f"block {number}: see above"
+            session = example.globs
 
 
 def test_the_tree_names_every_folder() -> None:

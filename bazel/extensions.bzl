@@ -20,6 +20,13 @@ def _environment_impl(_module_ctx):
         requirements = Label("//third_party:cuda.requirements.lock"),
     )
     local_python(name = "local_python")
+
+    # Apart from the rest, which cannot be had while the lock lacks what requirements.in asks for.
+    python_packages(
+        name = "lock_tools",
+        requirements = Label("//bazel:lock_tools.requirements.in"),
+        lock = Label("//:requirements.lock"),
+    )
     python_packages(
         name = "pypi",
         requirements = Label("//:requirements.in"),

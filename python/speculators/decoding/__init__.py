@@ -1,0 +1,66 @@
+"""Decoding: drafting, verification, and the loop that joins them without changing the output.
+
+================  =================================================================================
+``generation``    ``generate``, ``generate_stream``: the lossless loop
+``settings``      ``GenerationSettings``: what a caller can choose
+``drafters``      ``Drafter``: what drafts; ``NgramDrafter``, which needs no model
+``chain``         ``ChainDrafter``: drafts with a model, one token after the other
+``draft_models``  which drafter serves a model
+``verification``  which drafted tokens are accepted: greedy, and by sampling
+``sampling``      ``Sampling``: temperature, top-k, top-p; draws from random numbers
+``stopping``      where a text ends
+``acceptance``    ``AcceptanceCounts``: tau, and acceptance by position
+``divergence``    where two continuations part, and by how little
+================  =================================================================================
+
+The modules are imported when first named.
+"""
+
+from typing import TYPE_CHECKING
+
+from speculators.lazy_facade import lazy_facade
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from speculators.decoding.acceptance import AcceptanceCounts as AcceptanceCounts
+    from speculators.decoding.chain import ChainDrafter as ChainDrafter
+    from speculators.decoding.divergence import Divergence as Divergence
+    from speculators.decoding.divergence import first_divergence as first_divergence
+    from speculators.decoding.drafters import Drafter as Drafter
+    from speculators.decoding.drafters import NgramDrafter as NgramDrafter
+    from speculators.decoding.drafters import Proposal as Proposal
+    from speculators.decoding.generation import GenerationOutput as GenerationOutput
+    from speculators.decoding.generation import generate as generate
+    from speculators.decoding.generation import generate_stream as generate_stream
+    from speculators.decoding.sampling import Sampling as Sampling
+    from speculators.decoding.settings import GenerationSettings as GenerationSettings
+
+_DEFINED_IN = {
+    "AcceptanceCounts": "speculators.decoding.acceptance",
+    "ChainDrafter": "speculators.decoding.chain",
+    "Divergence": "speculators.decoding.divergence",
+    "Drafter": "speculators.decoding.drafters",
+    "GenerationOutput": "speculators.decoding.generation",
+    "GenerationSettings": "speculators.decoding.settings",
+    "NgramDrafter": "speculators.decoding.drafters",
+    "Proposal": "speculators.decoding.drafters",
+    "Sampling": "speculators.decoding.sampling",
+    "first_divergence": "speculators.decoding.divergence",
+    "generate": "speculators.decoding.generation",
+    "generate_stream": "speculators.decoding.generation",
+}
+_MODULES = (
+    "acceptance",
+    "chain",
+    "divergence",
+    "draft_models",
+    "drafters",
+    "generation",
+    "sampling",
+    "settings",
+    "stopping",
+    "verification",
+)
+
+__all__ = [*_DEFINED_IN]  # noqa: PLE0604 - all of them are strings
+
+__getattr__, __dir__ = lazy_facade(__name__, _DEFINED_IN, _MODULES)

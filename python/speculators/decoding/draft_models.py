@@ -1,0 +1,47 @@
+"""From what a caller gives as a draft to the drafter that the loop runs.
+
+Which drafter serves a model, the record of its algorithm says; how many tokens it drafts, its own
+configuration.
+"""
+
+from speculators.decoding.chain import ChainDrafter
+from speculators.decoding.drafters import Drafter
+from speculators.decoding.sampling import GREEDY
+from speculators.decoding.settings import GenerationSettings
+from speculators.models.speculator_model import SpeculatorModel
+from speculators.models.verifier.verifier import Verifier
+
+# Of a drafter that does not say how many tokens it shall draft.
+DEFAULT_DRAFT_TOKENS = 5
+
+Draft = Drafter | SpeculatorModel | None
+
+
+def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) -> Drafter | None:
+    """The drafter of a draft: for a model the one that its algorithm's record names.
+
+    Raises:
+        ValueError: the model does not fit the verifier, or drafts in a way that is not known.
+    """
+    if not isinstance(draft, SpeculatorModel):
+        return draft
+    if draft.spec.drafting != "chain":
+        raise ValueError(
+            f"the algorithm {draft.spec.name!r} drafts by {draft.spec.drafting!r}; expected 'chain'"
+        )
+    drawn = settings.draft_sampling == "sample"
+    return ChainDrafter(draft, verifier, settings.sampling if drawn else GREEDY)
+
+
+def num_draft_tokens(draft: Draft, settings: GenerationSettings) -> int:
+    """Tokens drafted before each verification: as the settings say, else as the draft does."""
+    if draft is None:
+        return 0
+    if settings.num_draft_tokens is not None:
+        return settings.num_draft_tokens
+    if isinstance(draft, SpeculatorModel):
+        methods = draft.config.speculators_config
+        for method in methods.proposal_methods:
+            if method.proposal_type == methods.default_proposal_method:
+                return int(getattr(method, "speculative_tokens", DEFAULT_DRAFT_TOKENS))
+    return DEFAULT_DRAFT_TOKENS

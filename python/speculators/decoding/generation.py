@@ -1,0 +1,292 @@
+"""The lossless loop: draft, verify, keep what is accepted, and so on until every sequence ends.
+
+Both models keep a cache, so no token is read twice. The verifier reads the last token and the
+drafted ones in one pass, and forgets those that it rejects; the drafter is shown its states of the
+rest. Without a drafter the same loop decodes plainly, so that the two can be compared. Sequences
+that have ended leave the batch. Once per pass the tokens come to the host, where it is decided
+which sequences end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from speculators.decoding.acceptance import AcceptanceCounts
+from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
+from speculators.decoding.drafters import Proposal
+from speculators.decoding.sampling import RandomNumbers, draw
+from speculators.decoding.settings import GenerationSettings, Prompts, pad_prompts
+from speculators.decoding.stopping import FinishReason, Stopping
+from speculators.decoding.verification import Verdict, verify_greedy, verify_sampling
+from speculators.models.verifier.cache import VerifierState
+from speculators.models.verifier.verifier import Verifier
+
+Generator = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclasses.dataclass
+class GenerationOutput:
+    """What a batch of prompts was continued with; lists have one entry for each prompt.
+
+    Attributes:
+        sequences: the new tokens, the one that ended the text included.
+        finish_reasons: ``"eos"``, ``"stop"`` or ``"length"``; None while a stream still runs.
+        traces: how many drafted tokens were accepted in each verification. Each emitted one more,
+            but for what the end of the text cut off: see :mod:`speculators.decoding.acceptance`.
+        acceptance: the counts of all sequences together.
+    """
+
+    sequences: list[list[int]]
+    finish_reasons: list[FinishReason | None]
+    traces: list[list[int]]
+    acceptance: AcceptanceCounts
+
+
+def generate(
+    verifier: Verifier,
+    draft: Draft,
+    prompts: Prompts,
+    settings: GenerationSettings | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    generator: Generator = None,
+    stream: Callable[[list[list[int]]], None] | None = None,
+) -> GenerationOutput:
+    """Continues prompts with what the verifier alone would say, in fewer passes of it.
+
+    Greedy decoding gives the verifier's own greedy tokens, sampling its own distribution, whatever
+    the draft is. (Logits of many rows are rounded otherwise than those of one; where two tokens are
+    closer than that, greedy decoding may take the other.)
+
+    Args:
+        verifier: the model whose text it is.
+        draft: a draft model, another drafter, or None for plain decoding.
+        prompts: token ids, one list for each, or int64 ``[B, T]``.
+        settings: lengths, sampling and where to stop; by default greedy decoding of 256 tokens.
+        attention_mask: for a tensor of prompts that is padded: 0 for padding, on the left.
+        generator: of random numbers, for the batch or for each sequence; None: torch's own.
+        stream: called after each pass with the new tokens of every sequence, maybe none.
+
+    Raises:
+        ValueError: prompts or settings do not fit the verifier, or the draft does not.
+    """
+    generation = _Generation(verifier, draft, prompts, attention_mask, settings, generator)
+    for new in generation.steps():
+        if stream is not None:
+            stream(new)
+    return generation.output
+
+
+def generate_stream(
+    verifier: Verifier,
+    draft: Draft,
+    prompts: Prompts,
+    settings: GenerationSettings | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    generator: Generator = None,
+) -> Iterator[list[list[int]]]:
+    """As :func:`generate`, but yields the new tokens of every sequence after each pass."""
+    return _Generation(verifier, draft, prompts, attention_mask, settings, generator).steps()
+
+
+class _Generation:
+    """One batch while it is generated; rows are the sequences that go on."""
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        draft: Draft,
+        prompts: Prompts,
+        attention_mask: Tensor | None,
+        settings: GenerationSettings | None,
+        generator: Generator,
+    ) -> None:
+        self._settings = settings = settings or GenerationSettings()
+        self._verifier = verifier
+        self._drafter = drafter_for(draft, verifier, settings)
+        self._count = num_draft_tokens(draft, settings)
+        self._capture = self._drafter.capture if self._drafter else ()
+        self._prompts, self._mask = pad_prompts(prompts, attention_mask)
+        batch = len(self._prompts)
+        self._random = RandomNumbers(generator, batch, verifier.device)
+        ids = settings.eos_token_ids
+        self._stopping = Stopping(
+            frozenset(verifier.eos_token_ids if ids is None else ids),
+            settings.stop_strings,
+            verifier.tokenizer if settings.stop_strings else None,
+        )
+        self._max_length = settings.max_length or getattr(
+            verifier.config, "max_position_embeddings", None
+        )
+        self.output = GenerationOutput(
+            [[] for _ in range(batch)],
+            [None] * batch,
+            [[] for _ in range(batch)],
+            AcceptanceCounts(),
+        )
+        self._state: VerifierState
+        # Of the rows: the number of the sequence, and its tokens in the verifier's cache.
+        self._rows = list(range(batch))
+        self._cached: list[int] = []
+        self._limits: list[int] = []  # new tokens of every sequence
+        self._last = torch.empty(0)  # int64 [rows, 1], tokens that the verifier has not read
+
+    def steps(self) -> Iterator[list[list[int]]]:
+        """Runs it, and yields the new tokens of every sequence after each pass."""
+        yield self._prefill()
+        while self._rows:
+            yield self._step()
+
+    def _prefill(self) -> list[list[int]]:
+        output = self._verifier.prefill(self._prompts, self._mask, capture=self._capture)
+        assert output.state is not None  # noqa: S101 - for the type checker
+        assert output.logits is not None  # noqa: S101
+        self._state = output.state
+        self._cached = self._state.lengths.tolist()
+        self._limits = [self._limit(length) for length in self._cached]
+        greedy = self._settings.sampling.greedy
+        uniforms = None if greedy else self._random.uniforms(1, self._rows)
+        tokens = self._choose(output.logits[:, -1], uniforms)
+        new = [[token] for token in tokens.tolist()]
+        emitted, kept = self._emit(new)
+        if kept:
+            index = self._keep(kept)
+            self._last = _rows_of(tokens[:, None], index)
+            if self._drafter is not None:
+                self._drafter.prefill(
+                    _rows_of(self._prompts.to(tokens.device), index),
+                    self._cached,
+                    self._last[:, 0],
+                    {k: _rows_of(stream, index) for k, stream in output.captured.items()},
+                )
+        return emitted
+
+    def _step(self) -> list[list[int]]:
+        greedy = self._settings.sampling.greedy
+        uniforms = None if greedy else self._random.uniforms(2 * self._count + 1, self._rows)
+        proposal = self._propose(uniforms)
+        width = 0 if proposal is None else proposal.tokens.shape[1]
+        read = self._last if proposal is None else torch.cat([self._last, proposal.tokens], 1)
+        output = self._verifier.step(read, self._state, capture=self._capture)
+        assert output.logits is not None  # noqa: S101 - for the type checker
+        if proposal is None:
+            next_tokens = tokens = self._choose(output.logits[:, -1], uniforms)[:, None]
+            new: list[list[int]] = tokens.tolist()
+        else:
+            verdict = self._verify(output.logits, proposal, uniforms)
+            accepted, next_tokens = verdict.accepted[:, None], verdict.next_tokens[:, None]
+            tokens = torch.cat([proposal.tokens, next_tokens], 1)
+            tokens = tokens.scatter(1, accepted, next_tokens)
+            new = [row[1 : row[0] + 2] for row in torch.cat([accepted, tokens], 1).tolist()]
+        self._record(new, width, None if proposal is None else proposal.counts)
+        emitted, kept = self._emit(new)
+        if kept:
+            counts = [len(new[row]) for row in kept]
+            index = self._keep(kept)
+            self._cached = [n + count for n, count in zip(self._cached, counts, strict=True)]
+            if min(counts) <= width:
+                self._verifier.crop(self._state, torch.tensor(self._cached))
+            self._last = _rows_of(next_tokens, index)
+            self._update_drafter(tokens, counts, output.captured, index)
+        return emitted
+
+    def _propose(self, uniforms: Tensor | None) -> Proposal | None:
+        """A draft that neither goes beyond the verifier's positions nor predicts beyond them."""
+        count = self._count
+        if self._max_length is not None:
+            count = min(count, self._max_length - 2 - max(self._cached))
+        if self._drafter is None or count < 1:
+            return None
+        proposal = self._drafter.propose(count, None if uniforms is None else uniforms[:, :count])
+        return proposal if proposal.tokens.shape[1] else None
+
+    def _choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
+        """The verifier's own tokens: logits ``[rows, V]`` to int64 ``[rows]``."""
+        if uniforms is None:
+            return logits.argmax(-1)
+        return draw(self._settings.sampling.distribution(logits), uniforms[:, -1])
+
+    def _verify(self, logits: Tensor, proposal: Proposal, uniforms: Tensor | None) -> Verdict:
+        tokens = proposal.tokens
+        if uniforms is None:
+            return verify_greedy(logits, tokens, proposal.counts)
+        # A sequence's numbers must not depend on how many tokens others got.
+        end = self._count + tokens.shape[1]
+        return verify_sampling(
+            self._settings.sampling.distribution(logits),
+            tokens,
+            proposal.probabilities,
+            torch.cat([uniforms[:, self._count : end], uniforms[:, -1:]], 1),
+            proposal.counts,
+        )
+
+    def _update_drafter(
+        self, tokens: Tensor, counts: list[int], streams: Mapping[int, Tensor], index: Tensor | None
+    ) -> None:
+        if self._drafter is None:
+            return
+        width = max(counts)
+        if index is not None:
+            self._drafter.select(index.tolist())
+        self._drafter.update(
+            _rows_of(tokens, index)[:, :width],
+            counts,
+            {k: _rows_of(stream, index)[:, :width] for k, stream in streams.items()},
+        )
+
+    def _record(self, new: list[list[int]], width: int, drafted: Sequence[int] | None) -> None:
+        for place, (row, tokens) in enumerate(zip(self._rows, new, strict=True)):
+            accepted = len(tokens) - 1
+            self.output.traces[row].append(accepted)
+            self.output.acceptance.record(drafted[place] if drafted else width, accepted)
+
+    def _emit(self, new: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """Appends new tokens to the sequences of the rows, up to where those end.
+
+        Returns:
+            What is emitted of every sequence, and which rows go on.
+        """
+        emitted: list[list[int]] = [[] for _ in self.output.sequences]
+        kept = []
+        for row, (sequence, tokens) in enumerate(zip(self._rows, new, strict=True)):
+            so_far = self.output.sequences[sequence]
+            keep, reason = self._stopping.cut(so_far, tokens, self._limits[sequence])
+            emitted[sequence] = tokens[:keep]
+            so_far += tokens[:keep]
+            self.output.finish_reasons[sequence] = reason
+            if reason is None:
+                kept.append(row)
+        self._rows = [self._rows[row] for row in kept]
+        return emitted, kept
+
+    def _keep(self, kept: list[int]) -> Tensor | None:
+        """Drops the rows that have ended from what is kept of them.
+
+        Returns:
+            int64, the rows that stay; None if all do.
+        """
+        if len(kept) == len(self._cached):
+            return None
+        index = torch.tensor(kept, device=self._verifier.device)
+        self._cached = [self._cached[row] for row in kept]
+        self._state.cache.batch_select_indices(index)
+        self._state.lengths = self._state.lengths[index]
+        return index
+
+    def _limit(self, length: int) -> int:
+        """How many new tokens a prompt of so many tokens may get."""
+        if self._max_length is None:
+            return self._settings.max_new_tokens
+        if length >= self._max_length:
+            raise ValueError(
+                f"a prompt has {length} tokens; expected fewer than {self._max_length}, the most "
+                "that a sequence may have: shorten it, or set max_length"
+            )
+        return min(self._settings.max_new_tokens, self._max_length - length)
+
+
+def _rows_of(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor[index]

@@ -3,10 +3,12 @@
 Subcommands import what they run when they run, so that ``--help`` and ``--version`` answer at once.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from speculators.cli import commands
 from speculators.version import __version__
 
 app = typer.Typer(
@@ -43,6 +45,16 @@ def env() -> None:
     typer.echo(report())
 
 
-def main() -> None:
-    """The console entry point."""
-    app(prog_name="speculators")
+app.command(context_settings=commands.SETTINGS)(commands.prepare)
+app.command(context_settings=commands.SETTINGS)(commands.generate)
+app.command(context_settings=commands.SETTINGS)(commands.train)
+app.command(context_settings=commands.SETTINGS)(commands.evaluate)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console entry point.
+
+    Args:
+        arguments: the command's words; None for the process's own.
+    """
+    app(args=arguments, prog_name="speculators")

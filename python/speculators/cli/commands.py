@@ -1,0 +1,186 @@
+"""The commands that make and measure a draft; each a thin layer over a stage of the job.
+
+All of them take the same recipe, so a stage that is run alone finds what the others left. Settings
+that have no flag of their own are given by their dotted name: ``--training.epochs=3``.
+"""
+
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from speculators.cli.failures import UsageError, one_line_errors
+
+Algo = Annotated[
+    str | None, typer.Option("--algo", help="The algorithm: eagle, hass, eagle3, or one of yours.")
+]
+VerifierPath = Annotated[
+    str | None, typer.Option("--verifier", help="The verifier: a folder, or a name on the Hub.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="What to train on: JSON, JSONL, Parquet, or a dataset's name."),
+]
+RecipeFile = Annotated[
+    pathlib.Path | None, typer.Option("--recipe", help="A YAML file of settings.")
+]
+OutputDir = Annotated[
+    pathlib.Path | None, typer.Option("--output-dir", help="Where the draft and its report go.")
+]
+DataDir = Annotated[
+    pathlib.Path | None,
+    typer.Option("--data-dir", help="Where prepared data goes, if not OUTPUT/data: to share it."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace data that other settings made.")
+]
+
+# Further words are settings by their dotted names.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(
+    context: typer.Context,
+    algo: Algo = None,
+    verifier: VerifierPath = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    output_dir: OutputDir = None,
+    data_dir: DataDir = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init-from", help="A draft to go on from, not a new one.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint in the output folder.")
+    ] = True,
+    skip_evaluation: Annotated[
+        bool, typer.Option("--skip-evaluation", help="Only make the draft.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a draft for a verifier, and measure what it brings.
+
+    Prepares the data, lets the verifier answer and keeps its hidden states, trains, and decodes
+    held-out prompts with and without the draft. What is there already is used again if it fits.
+    Without a verifier it takes the small one that comes with the sources.
+    """
+    with one_line_errors():
+        job = _job(
+            context, algo, verifier, data, recipe, output_dir, data_dir, overwrite, init_from
+        )
+        job.prepare()
+        job.generate()
+        job.train(resume=resume)
+        if not skip_evaluation:
+            _print(job.evaluate(), job)
+
+
+def prepare(
+    context: typer.Context,
+    verifier: VerifierPath = None,
+    data: Data = None,
+    recipe: RecipeFile = None,
+    output_dir: OutputDir = None,
+    data_dir: DataDir = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn conversations, texts or token ids into token ids and loss masks."""
+    with one_line_errors():
+        _job(context, None, verifier, data, recipe, output_dir, data_dir, overwrite).prepare()
+
+
+def generate(
+    context: typer.Context,
+    algo: Algo = None,
+    verifier: VerifierPath = None,
+    recipe: RecipeFile = None,
+    output_dir: OutputDir = None,
+    data_dir: DataDir = None,
+    regenerate: Annotated[
+        bool | None, typer.Option(help="Let the verifier write the answers.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Let the verifier read, or answer, what was prepared, and keep its hidden states."""
+    with one_line_errors():
+        if regenerate is not None:
+            context.args.append(f"--generate.regenerate={str(regenerate).lower()}")
+        _job(context, algo, verifier, None, recipe, output_dir, data_dir, overwrite).generate()
+
+
+def evaluate(
+    context: typer.Context,
+    drafts: Annotated[
+        list[str],
+        typer.Argument(help="Draft folders or Hub names, or ngram, side by side."),
+    ],
+    verifier: VerifierPath = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="A file of prompts, as for training.")
+    ] = None,
+    recipe: RecipeFile = None,
+    output_dir: OutputDir = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Tokens drafted before each verification.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="The verifier's: float32, bfloat16, auto.")
+    ] = None,
+) -> None:
+    """Decode prompts with and without drafts: tokens per verification, speed, and equality."""
+    with one_line_errors():
+        from speculators.cli.evaluation import evaluate_drafts
+
+        words = {"evaluate.prompts": prompts, "evaluate.k": k, "verifier.dtype": dtype}
+        settings = _recipe(context, None, verifier, None, recipe, words)
+        evaluate_drafts(settings, drafts, output_dir)
+
+
+def _recipe(
+    context: typer.Context,
+    algo: str | None,
+    verifier: str | None,
+    data: str | None,
+    file: pathlib.Path | None,
+    words: dict[str, Any] | None = None,
+) -> Any:
+    from speculators.cli.examples import example_recipe
+    from speculators.cli.recipe import parse_flags, read_recipe
+
+    flags = {"algorithm": algo, "verifier.path": verifier, "data": data, **(words or {})}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if file is None and verifier is None:
+        file = example_recipe(algo)
+    if file is not None and not file.is_file():
+        raise UsageError(f"there is no recipe {file}; expected a YAML file")
+    return read_recipe(file, {**flags, **parse_flags(context.args)})
+
+
+def _job(
+    context: typer.Context,
+    algo: str | None,
+    verifier: str | None,
+    data: str | None,
+    file: pathlib.Path | None,
+    output_dir: pathlib.Path | None,
+    data_dir: pathlib.Path | None,
+    overwrite: bool,
+    init_from: str | None = None,
+) -> Any:
+    recipe = _recipe(context, algo, verifier, data, file, {"init_from": init_from})
+    from speculators.cli.job import Folders, Job
+    from speculators.cli.progress import ConsoleProgress
+
+    output = (output_dir or pathlib.Path("outputs") / recipe.algorithm).absolute()
+    folders = Folders(output, (data_dir or output / "data").absolute())
+    return Job(recipe, folders, ConsoleProgress(), overwrite=overwrite)
+
+
+def _print(report: Any, job: Any) -> None:
+    from rich.console import Console
+
+    from speculators.evaluation.report import table
+
+    job.progress.stop()
+    Console().print(table(report))
+    typer.echo(f"{job.folders.output}/report.md")

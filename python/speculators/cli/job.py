@@ -1,0 +1,287 @@
+"""The main job: prepare, generate, train, evaluate, each taken up where it was left.
+
+The stages are library functions that know nothing of each other; here they are put in a row, with
+the folders between them::
+
+    OUTPUT/config.json, model.safetensors, README.md          the draft, to load and to serve
+    OUTPUT/report.json, report.md, acceptance.png, run.yaml   what it brings, and how it was made
+    OUTPUT/data/prepared, OUTPUT/data/hidden_states           what it was made from
+    OUTPUT/training                                           checkpoints and logs
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from speculators.cli.failures import UsageError
+from speculators.cli.progress import ConsoleProgress
+from speculators.cli.recipe import Recipe
+from speculators.data.generate import GenerateReport, generate
+from speculators.data.prepare import PreparedDataset, PrepareReport, prepare
+from speculators.data.regenerate import RegenerateSettings
+from speculators.data.sources import TransformersSource, make_source
+from speculators.data.store import HiddenStateStore
+from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
+from speculators.evaluation.prompts import read_prompts
+from speculators.evaluation.report import EvaluationReport
+from speculators.models.speculator_model import SpeculatorModel
+from speculators.models.verifier.verifier import Verifier
+from speculators.models.vocabulary import VocabularyMapping
+from speculators.training.run import TrainingReport, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """Where the job's parts lie.
+
+    Attributes:
+        output: the draft and its report.
+        data: prepared rows and hidden states; several jobs for one verifier may share it.
+    """
+
+    output: pathlib.Path
+    data: pathlib.Path
+
+    @property
+    def prepared(self) -> pathlib.Path:
+        """Token ids and loss masks."""
+        return self.data / "prepared"
+
+    @property
+    def hidden_states(self) -> pathlib.Path:
+        """The verifier's hidden states."""
+        return self.data / "hidden_states"
+
+    @property
+    def training(self) -> pathlib.Path:
+        """Checkpoints and logs."""
+        return self.output / "training"
+
+
+class Job:
+    """One recipe at work; each stage can be run alone.
+
+    Args:
+        recipe: what to do.
+        folders: where.
+        progress: shows how far it is.
+        overwrite: whether stale data of other settings is replaced.
+
+    Raises:
+        UsageError: the recipe names no verifier.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folders: Folders,
+        progress: ConsoleProgress,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.folders = folders
+        self.progress = progress
+        self._overwrite = overwrite
+        self._verifier: Verifier | None = None
+        if recipe.verifier.path is None:
+            raise UsageError(
+                "there is no verifier; give one with --verifier: a folder, or a name on the Hub"
+            )
+
+    @property
+    def verifier(self) -> Verifier:
+        """The verifier, loaded when first asked for."""
+        if self._verifier is None:
+            settings = self.recipe.verifier
+            dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+            self._verifier = Verifier.from_pretrained(
+                self.verifier_path,
+                device=self._device(),
+                dtype=dtype,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        return self._verifier
+
+    @property
+    def verifier_path(self) -> str:
+        """The folder by its real path, which outlives links to it; or the name on the Hub."""
+        path = pathlib.Path(str(self.recipe.verifier.path))
+        config = path / "config.json"
+        if config.is_file():
+            return str(config.resolve().parent)
+        if path.is_dir() or path.is_absolute():
+            raise UsageError(f"{path} has no config.json; expected a verifier's folder")
+        return str(self.recipe.verifier.path)
+
+    def _device(self) -> str:
+        return self.recipe.verifier.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def prepare(self) -> PrepareReport:
+        """Rows to token ids and loss masks."""
+        if self.recipe.data is None:
+            raise UsageError("there is no data; give some with --data: files, or a dataset")
+        settings = self.recipe.prepare
+        regenerate = self.recipe.generate.regenerate
+        report = prepare(
+            self.recipe.data,
+            self.folders.prepared,
+            self.verifier.tokenizer,
+            max_length=settings.max_length,
+            split=settings.split,
+            last_turn_only=settings.last_turn_only,
+            add_generation_prompt=regenerate,
+            on_malformed=settings.on_malformed,
+            require_learnable=not regenerate,
+            num_samples=settings.num_samples,
+            template_arguments=settings.template_arguments,
+            overwrite=self._overwrite,
+        )
+        self.progress.message(
+            f"prepared {report.kept} of {report.rows} rows, {report.tokens} tokens"
+            + (f", {report.malformed} malformed rows skipped" if report.malformed else "")
+        )
+        return report
+
+    def generate(self) -> GenerateReport:
+        """Token ids to hidden states."""
+        settings = self.recipe.generate
+        spec, config = self.recipe.spec, self._config()
+        layers = {*spec.capture_layers(config, self.verifier.num_layers), self.verifier.num_layers}
+        source = (
+            TransformersSource(self.verifier, layers)
+            if settings.source == "transformers"
+            else make_source(settings.source, self.verifier_path, layers)
+        )
+        regenerate = None
+        if settings.regenerate:
+            regenerate = RegenerateSettings(
+                settings.temperature, settings.top_p, settings.max_new_tokens, self.recipe.seed
+            )
+        report = generate(
+            PreparedDataset.open(self.folders.prepared),
+            self.folders.hidden_states,
+            source,
+            regenerate=regenerate,
+            store_dtype=settings.store_dtype,
+            batch_tokens=settings.batch_tokens,
+            overwrite=self._overwrite,
+            progress=self.progress,
+        )
+        self.progress.message(
+            f"hidden states of {report.documents} documents, {report.tokens} tokens, "
+            f"{report.learnable} of them to learn"
+        )
+        return report
+
+    def train(self, *, resume: bool = True) -> TrainingReport:
+        """Hidden states to a draft, which is put into the output folder."""
+        torch.manual_seed(self.recipe.seed)
+        store = HiddenStateStore.open(self.folders.hidden_states)
+        draft = self._new_draft(store).to(self.verifier.device)
+        spec = self.recipe.spec
+        objective = spec.objective(draft, self.verifier.head, self.recipe.objective_settings)
+        report = train(
+            draft,
+            objective,
+            store,
+            self.recipe.training,
+            self.folders.training,
+            verifier=self.verifier,
+            resume="auto" if resume else False,
+            progress=self.progress,
+        )
+        best = SpeculatorModel.from_pretrained(report.draft)
+        best.config.speculators_provenance = {
+            "hidden_states": store.content_hash,
+            "objective": self.recipe.objective_settings.model_dump(mode="json"),
+            "training": self.recipe.training.model_dump(mode="json"),
+            "updates": report.best_update or report.updates,
+        }
+        publish(best, self.folders.output)
+        self.recipe.write(self.folders.output / "run.yaml")
+        self.progress.message(f"trained {report.updates} updates: {self.folders.output}")
+        return report
+
+    def evaluate(self) -> EvaluationReport:
+        """The draft on held-out prompts, and its report in the output folder."""
+        settings = self.recipe.evaluate
+        if settings.prompts is None:
+            raise UsageError(
+                "there are no prompts to evaluate on; give a file with --evaluate.prompts=FILE"
+            )
+        prompts = read_prompts(settings.prompts, self.verifier.tokenizer, limit=settings.limit)
+        draft = SpeculatorModel.from_pretrained(self.folders.output, verifier=self.verifier)
+        drafters: dict[str, AnyDrafter] = {self.recipe.algorithm: draft.to(self.verifier.device)}
+        if settings.ngram:
+            drafters["n-gram"] = NGRAM
+        report = evaluate(
+            self.verifier,
+            drafters,
+            prompts,
+            k=settings.k,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            temperature=settings.temperature,
+            seed=self.recipe.seed,
+            repeats=settings.repeats,
+            verifier_name=str(self.recipe.verifier.path),
+            command=sys.argv,
+            progress=self.progress,
+        )
+        report.write(self.folders.output)
+        return report
+
+    def _config(self) -> Any:
+        """The draft's configuration; fields that its maker does not take are set afterwards."""
+        return self.recipe.spec.new_config(
+            self.verifier.model.config, self.verifier_path, **self.recipe.draft
+        )
+
+    def _new_draft(self, store: HiddenStateStore) -> SpeculatorModel:
+        if self.recipe.init_from is not None:
+            return SpeculatorModel.from_pretrained(
+                self.recipe.init_from, verifier=self.verifier, dtype=torch.float32
+            )
+        config = self._config()
+        size = config.to_dict().get("draft_vocab_size")
+        vocabulary = None
+        if size is not None and size < self.verifier.vocab_size:
+            counts = learnable_counts(store, self.verifier.vocab_size)
+            vocabulary = VocabularyMapping.from_counts(counts, size)
+            self.progress.message(
+                f"draft vocabulary: {size} of {self.verifier.vocab_size} tokens, "
+                f"{vocabulary.coverage(counts):.2%} of what is to be learned"
+            )
+        return SpeculatorModel.from_config(config, self.verifier, vocabulary=vocabulary)
+
+
+def learnable_counts(store: HiddenStateStore, vocab_size: int) -> torch.Tensor:
+    """How often each token is to be learned in a store: int64 ``[V]``."""
+    tokens_only = HiddenStateStore.open(store.directory, layer_ids=())
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for number in range(len(tokens_only)):
+        document = tokens_only[number]
+        counts += document.input_ids[document.loss_mask].bincount(minlength=vocab_size)
+    return counts
+
+
+def publish(draft: SpeculatorModel, output: pathlib.Path) -> None:
+    """Puts a draft's files into a folder that holds other things, too, config.json last.
+
+    Each file takes its place in one rename; without config.json, readers see no draft at all.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".draft.", dir=output) as folder:
+        whole = pathlib.Path(folder) / "draft"
+        draft.save_pretrained(whole)
+        (output / "config.json").unlink(missing_ok=True)
+        for stale in output.glob("model*.safetensors*"):
+            stale.unlink()
+        for file in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+            file.replace(output / file.name)

@@ -131,8 +131,11 @@ def evaluate(
     with one_line_errors():
         from speculators.cli.evaluation import evaluate_drafts
 
+        # Settings by their dotted names arrive among the drafts, which take all that is left.
+        context.args.extend(word for word in drafts if word.startswith("--"))
+        drafts = [word for word in drafts if not word.startswith("--")]
         words = {"evaluate.prompts": prompts, "evaluate.k": k, "verifier.dtype": dtype}
-        settings = _recipe(context, None, verifier, None, recipe, words)
+        settings = _recipe(context, None, verifier, None, recipe, words, example=False)
         evaluate_drafts(settings, drafts, output_dir)
 
 
@@ -143,13 +146,15 @@ def _recipe(
     data: str | None,
     file: pathlib.Path | None,
     words: dict[str, Any] | None = None,
+    *,
+    example: bool = True,
 ) -> Any:
     from speculators.cli.examples import example_recipe
     from speculators.cli.recipe import parse_flags, read_recipe
 
     flags = {"algorithm": algo, "verifier.path": verifier, "data": data, **(words or {})}
     flags = {name: value for name, value in flags.items() if value is not None}
-    if file is None and verifier is None:
+    if file is None and verifier is None and example:
         file = example_recipe(algo)
     if file is not None and not file.is_file():
         raise UsageError(f"there is no recipe {file}; expected a YAML file")

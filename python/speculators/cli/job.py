@@ -15,7 +15,9 @@ import sys
 import tempfile
 from typing import Any
 
+import datasets
 import torch
+import transformers
 
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
@@ -26,12 +28,13 @@ from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import TransformersSource, make_source
 from speculators.data.store import HiddenStateStore
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
-from speculators.evaluation.prompts import read_prompts
+from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 from speculators.models.vocabulary import VocabularyMapping
-from speculators.training.run import TrainingReport, train
+from speculators.training.run import TrainingReport, documents_of, train
+from speculators.training.validation import validation_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,9 @@ class Job:
         self.progress = progress
         self._overwrite = overwrite
         self._verifier: Verifier | None = None
+        # The stages show their own progress.
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
         if recipe.verifier.path is None:
             raise UsageError(
                 "there is no verifier; give one with --verifier: a folder, or a name on the Hub"
@@ -194,6 +200,7 @@ class Job:
             self.folders.training,
             verifier=self.verifier,
             resume="auto" if resume else False,
+            made_from={"seed": self.recipe.seed, "init_from": self.recipe.init_from},
             progress=self.progress,
         )
         best = SpeculatorModel.from_pretrained(report.draft)
@@ -211,11 +218,11 @@ class Job:
     def evaluate(self) -> EvaluationReport:
         """The draft on held-out prompts, and its report in the output folder."""
         settings = self.recipe.evaluate
-        if settings.prompts is None:
-            raise UsageError(
-                "there are no prompts to evaluate on; give a file with --evaluate.prompts=FILE"
-            )
-        prompts = read_prompts(settings.prompts, self.verifier.tokenizer, limit=settings.limit)
+        prompts = (
+            self._held_back_prompts()
+            if settings.prompts is None
+            else read_prompts(settings.prompts, self.verifier.tokenizer, limit=settings.limit)
+        )
         draft = SpeculatorModel.from_pretrained(self.folders.output, verifier=self.verifier)
         drafters: dict[str, AnyDrafter] = {self.recipe.algorithm: draft.to(self.verifier.device)}
         if settings.ngram:
@@ -236,6 +243,22 @@ class Job:
         )
         report.write(self.folders.output)
         return report
+
+    def _held_back_prompts(self) -> list[Prompt]:
+        """The beginnings of documents that training held back."""
+        store = HiddenStateStore.open(self.folders.hidden_states, layer_ids=())
+        _, documents = documents_of(store, self.recipe.training)
+        settings = self.recipe.evaluate
+        context = self.verifier.config.max_position_embeddings - settings.max_new_tokens
+        count = settings.limit or len(documents)
+        found = validation_prompts(store, documents, count, max(1, context))
+        if not found:
+            raise UsageError(
+                "training held no documents back to evaluate on; give --evaluate.prompts=FILE, or "
+                "--training.validation.documents=N and train again"
+            )
+        self.progress.message(f"evaluating on {len(found)} documents that training held back")
+        return [Prompt(torch.tensor(ids)) for ids in found]
 
     def _config(self) -> Any:
         """The draft's configuration; fields that its maker does not take are set afterwards."""

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -118,7 +118,7 @@ class Recipe(_Settings):
         algorithm: by name, such as ``"hass"``.
         verifier: which model the draft is for.
         data: what to train on: files, or a dataset.
-        seed: of everything random.
+        seed: of everything random; ``training.seed`` is this one unless it is given.
         init_from: a draft to go on from, in place of a new one.
         prepare: from rows to token ids.
         generate: from token ids to hidden states.
@@ -139,6 +139,12 @@ class Recipe(_Settings):
     objective: dict[str, Any] = {}
     training: TrainingSettings = TrainingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @pydantic.model_validator(mode="after")
+    def _share_seed(self) -> Self:
+        if "seed" not in self.training.model_fields_set:
+            self.__dict__["training"] = self.training.model_copy(update={"seed": self.seed})
+        return self
 
     @property
     def spec(self) -> AlgorithmSpec:

@@ -37,6 +37,7 @@ from speculators.data.workload import (
 )
 
 SHARD_BYTES = 256 << 20
+_BATCHES_PER_SHARD = 8  # at most, where responses are written
 _TIMED_FROM = 8  # batches; less work is done before its time has been measured
 
 
@@ -112,7 +113,8 @@ def generate(
         regenerate: lets the verifier write the last response of each document first; the source
             must be a ``ResponseWriter``. For the prompts see ``regenerate``.
         store_dtype: of the stored states.
-        max_shard_tokens: tokens in a shard; by default what takes 256 MiB.
+        max_shard_tokens: tokens in a shard; by default what takes 256 MiB, or eight batches if that
+            is less and responses are written.
         batch_tokens: tokens computed at once, padding included.
         overwrite: replaces a store that was made from something else. One that fits is never
             made again, with or without.
@@ -158,6 +160,9 @@ def generate(
             "it goes on after them"
         ):
             shard_tokens = max_shard_tokens or max(1, SHARD_BYTES // row_bytes)
+            if max_shard_tokens is None and work.regenerates:
+                # What a killed run loses is a shard, and responses take long to write.
+                shard_tokens = min(shard_tokens, _BATCHES_PER_SHARD * batch_tokens)
             store = StoreWriter(directory, index)
             _run(work, source, store, reused, batch_tokens, shard_tokens, progress)
     shards = index.shards
@@ -259,17 +264,28 @@ def _run(
         seconds = time.monotonic() - begin + _time(source, first, batch_tokens)
         rest = sum(work.sizes[done:]) / sum(work.sizes[place] for place in batches[0])
         progress.message(f"this takes about {_readable_time(seconds * rest)}")
-    made = itertools.chain(
+    made: Iterator[TokenizedDocument] = itertools.chain(
         first[max(0, done - batches[0].start) :],
         itertools.chain.from_iterable(work.make(batch) for batch in batches[1:]),
     )
+    if work.regenerates:  # that takes far longer than to read the documents afterwards
+        made = _counted(made, progress)
     for shard in _shards(made, max_shard_tokens):
         streams = source.hidden_states([document.input_ids for document in shard], batch_tokens)
         for document, states in zip(shard, streams, strict=True):
             writer.add(document.number, document.input_ids, document.loss_mask, states)
-            progress.advance(1)
+            if not work.regenerates:
+                progress.advance(1)
         writer.write_shard()
     writer.finish()
+
+
+def _counted(
+    documents: Iterable[TokenizedDocument], progress: Progress
+) -> Iterator[TokenizedDocument]:
+    for document in documents:
+        yield document
+        progress.advance(1)
 
 
 def _time(

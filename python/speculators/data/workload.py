@@ -89,6 +89,11 @@ class Workload:
         self.sizes = [sizes[number] for number in self.order]
         self.batches = list(length_batches(self.sizes, batch_tokens))
 
+    @property
+    def regenerates(self) -> bool:
+        """Whether responses are written."""
+        return self._regenerate is not None
+
     def make(self, batch: range) -> list[TokenizedDocument]:
         """The documents of a batch."""
         numbers = [self.order[place] for place in batch]

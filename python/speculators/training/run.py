@@ -105,7 +105,7 @@ def train(
     all_of_it = {**_made_from(draft, objective, store, settings), "caller": dict(made_from or {})}
     checkpoints = Checkpoints(output_dir, all_of_it, settings.checkpoints.keep_last)
     latest = _to_resume(checkpoints, resume)
-    documents, held_back = _documents(store, settings)
+    documents, held_back = documents_of(store, settings)
     validator = _validator(draft, objective, store, settings, held_back, verifier)
     parameters = Parameters.of(draft)
     optimizer = OPTIMIZERS[settings.optimizer.name](parameters, settings.optimizer)
@@ -225,7 +225,9 @@ def _to_resume(checkpoints: Checkpoints, resume: bool | Literal["auto"]) -> path
     return found[-1] if found else None
 
 
-def _documents(store: HiddenStateStore, settings: TrainingSettings) -> tuple[list[int], list[int]]:
+def documents_of(
+    store: HiddenStateStore, settings: TrainingSettings
+) -> tuple[list[int], list[int]]:
     """The documents to train on, and those to validate with."""
     count = settings.validation.documents
     held = settings.validation.fraction if count is None else count

@@ -96,7 +96,7 @@ def test_it_makes_and_measures_a_draft_for_any_verifier(
 def test_stages_find_what_the_others_left(
     verifier: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    shared = ["--verifier", verifier, "--output-dir", tmp_path / "out"]
+    shared: list[Any] = ["--verifier", verifier, "--output-dir", tmp_path / "out"]
     assert run("prepare", *shared, "--data", data).exit_code == 0
     result = run("generate", *shared, "--algo=hass")
     assert result.exit_code == 0, result.output
@@ -127,7 +127,7 @@ def test_the_verifier_writes_the_answers_to_prompts(
     verifier: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    row = {"messages": [{"role": "user", "content": "Count."}]}
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "Count."}]}
     prompts.write_text((json.dumps(row) + "\n") * 4)
     shared: list[Any] = ["--verifier", verifier, "--data", prompts, "--output-dir", tmp_path / "o"]
     refused = run("prepare", *shared)
@@ -139,9 +139,8 @@ def test_the_verifier_writes_the_answers_to_prompts(
     from speculators.data.store import HiddenStateStore
 
     store = HiddenStateStore.open(tmp_path / "o/data/hidden_states")
-    prompt = Verifier.from_pretrained(verifier).tokenizer.apply_chat_template(
-        row["messages"], add_generation_prompt=True
-    )["input_ids"]
+    tokenizer: Any = Verifier.from_pretrained(verifier).tokenizer
+    prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]
     document = store[0]
     assert document.input_ids[: len(prompt)].tolist() == list(prompt)
     assert document.loss_mask.tolist() == [False] * len(prompt) + [True] * 7
@@ -191,7 +190,7 @@ def test_empty_data_and_a_draft_of_another_verifier_are_mistakes(
     assert result.exit_code == 1
     assert "no row can be used" in result.output
     assert run("train", *shared, "--data", data, *BUDGET, "--skip-evaluation").exit_code == 0
-    prompts = ["--prompts", TINY / "prompts_eval.jsonl", "--verifier", TINY / "model"]
+    prompts: list[Any] = ["--prompts", TINY / "prompts_eval.jsonl", "--verifier", TINY / "model"]
     result = run("evaluate", tmp_path / "o", *prompts)
     assert result.exit_code == 1
     assert "the verifier's embedding is [4096, 192]" in result.output

@@ -40,6 +40,9 @@ def test_the_last_line_and_the_status(
         check=False,
     )
     lines = process.stdout.splitlines()
-    assert lines[0] == "called with test //..."
+    calls = [line.removeprefix("called with ") for line in lines if line.startswith("called ")]
+    assert calls[0] == "test //..."
+    job = [call for call in calls[1:] if call.startswith("run //tools:train -- --algo=hass ")]
+    assert len(job) == (status == 0), "the main job runs if all tests passed"
     assert lines[-1] == last_line
     assert process.returncode == status

@@ -15,14 +15,21 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTI
 
 # Commands that this test cannot run, and the file that does.
 RUN_ELSEWHERE = {
+    "./bazelw run //tools:train -- --algo=hass": ".ci/run",
     "./bazelw test //...": ".ci/run",
     "./bazelw build //:wheel": "tests/build_rules/BUILD.bazel",
+    "speculators train --algo=eagle3 --verifier=MODEL --data=CONVERSATIONS.jsonl": (
+        "tests/cli/test_job.py"
+    ),
     "pip install bazel-bin/speculators-*.whl": "tests/build_rules/test_wheel.py",
     "python -m speculators.ops.build": "tests/ops/test_build.py",
 }
 # What must stand in that file for the claim to hold, where it is not the command itself.
 EVIDENCE = {
     "./bazelw build //:wheel": '"//:wheel"',
+    "speculators train --algo=eagle3 --verifier=MODEL --data=CONVERSATIONS.jsonl": (
+        '["train", f"--algo={algorithm}", "--verifier", verifier, "--data", data]'
+    ),
     "pip install bazel-bin/speculators-*.whl": '"pip", "install"',
     "python -m speculators.ops.build": '"speculators.ops.build"',
 }

@@ -261,7 +261,7 @@ class Job:
         return [Prompt(torch.tensor(ids)) for ids in found]
 
     def _config(self) -> Any:
-        """The draft's configuration; fields that its maker does not take are set afterwards."""
+        """The configuration of a new draft."""
         return self.recipe.spec.new_config(
             self.verifier.model.config, self.verifier_path, **self.recipe.draft
         )

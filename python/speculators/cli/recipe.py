@@ -169,9 +169,8 @@ class Recipe(_Settings):
             for name, parameter in inspect.signature(self.spec.new_config).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         ]
-        fields = self.spec.config_class.schema_class.model_fields
-        for name in self.draft.keys() - {*known, *fields}:
-            close = difflib.get_close_matches(name, [*known, *fields], 1)
+        for name in self.draft.keys() - set(known):
+            close = difflib.get_close_matches(name, known, 1)
             raise ConfigError(
                 f"draft.{name}: {self.algorithm} has no such option; "
                 + (f"did you mean draft.{close[0]}?" if close else f"expected one of {known}")

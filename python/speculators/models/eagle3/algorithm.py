@@ -25,7 +25,11 @@ def new_eagle3_config(
     num_layers: int = 1,
     layer_type: str = "llama",
     intermediate_size: int | None = None,
-    **options: Any,
+    norm_before_residual: bool = False,
+    norm_before_fc: bool = False,
+    fc_norm: bool = False,
+    norm_output: bool = False,
+    embed_requires_grad: bool = False,
 ) -> Eagle3SpeculatorConfig:
     """The configuration of an EAGLE-3 draft for a verifier.
 
@@ -39,8 +43,11 @@ def new_eagle3_config(
         num_layers: decoder layers.
         layer_type: of the decoder layers: ``"llama"`` or ``"qwen3"``.
         intermediate_size: of their MLP; by default the verifier's.
-        **options: ``norm_before_residual``, ``norm_before_fc``, ``fc_norm``, ``norm_output``,
-            ``embed_requires_grad``.
+        norm_before_residual: whether the residual is the normed state.
+        norm_before_fc: one norm over all streams before they are fused.
+        fc_norm: one norm for each of them instead.
+        norm_output: whether the next step takes the normed state.
+        embed_requires_grad: whether the embedding is trained.
 
     Raises:
         ConfigError: an option is not valid.
@@ -59,7 +66,11 @@ def new_eagle3_config(
         speculators_config=speculators_config("eagle3", verifier, name_or_path, speculative_tokens),
         draft_vocab_size=draft_vocab_size or min(32000, text.vocab_size),
         eagle_aux_hidden_state_layer_ids=ids,
-        **options,
+        norm_before_residual=norm_before_residual,
+        norm_before_fc=norm_before_fc,
+        fc_norm=fc_norm,
+        norm_output=norm_output,
+        embed_requires_grad=embed_requires_grad,
     )
 
 

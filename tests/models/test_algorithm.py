@@ -1,5 +1,6 @@
 """An algorithm from outside: a record, a configuration, a model, and what is done with them."""
 
+import dataclasses
 import importlib
 import pathlib
 from typing import Literal
@@ -82,6 +83,17 @@ GATE = AlgorithmSpec(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingBatch:
+    """What an objective takes."""
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    hidden_states: dict[int, Tensor]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
     register_algorithm(GATE)
@@ -111,6 +123,22 @@ def test_it_is_saved_loaded_and_drafts(tmp_path: pathlib.Path) -> None:
     output = loaded(ids, states, torch.arange(4)[None], cache)
     assert loaded.logits(output.head_input).shape == (1, 4, VOCABULARY)
     assert output.states.shape == (1, 4, HIDDEN)
+
+
+def test_it_learns() -> None:
+    """One update with the objective of its record lowers the loss."""
+    verifier = Verifier(make("llama"))
+    draft = SpeculatorModel.from_config(GATE.new_config(verifier.config), verifier)
+    objective = GATE.objective(draft, verifier.head, GATE.objective_settings)
+    ids = tokens(2, 12)
+    streams = verifier.prefill(ids, capture=objective.capture_layers(verifier.num_layers)).captured
+    positions = torch.arange(12).expand(2, -1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = TrainingBatch(ids, mask, positions, torch.zeros_like(ids), streams)
+    before = objective(batch).loss
+    before.backward()
+    torch.optim.SGD(draft.parameters(), lr=0.1).step()
+    assert objective(batch).loss < before
 
 
 def test_an_entry_point_is_found_without_an_import(

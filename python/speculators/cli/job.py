@@ -237,7 +237,7 @@ class Job:
             temperature=settings.temperature,
             seed=self.recipe.seed,
             repeats=settings.repeats,
-            verifier_name=str(self.recipe.verifier.path),
+            verifier_name=_from_here(self.verifier_path),
             command=sys.argv,
             progress=self.progress,
         )
@@ -282,6 +282,12 @@ class Job:
                 f"{vocabulary.coverage(counts):.2%} of what is to be learned"
             )
         return SpeculatorModel.from_config(config, self.verifier, vocabulary=vocabulary)
+
+
+def _from_here(path: str) -> str:
+    """A path below the working folder, relative to it; anything else as it is."""
+    below = pathlib.Path(path).is_relative_to(pathlib.Path.cwd())
+    return str(pathlib.Path(path).relative_to(pathlib.Path.cwd())) if below else path
 
 
 def learnable_counts(store: HiddenStateStore, vocab_size: int) -> torch.Tensor:

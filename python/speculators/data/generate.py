@@ -264,12 +264,10 @@ def _run(
         seconds = time.monotonic() - begin + _time(source, first, batch_tokens)
         rest = sum(work.sizes[done:]) / sum(work.sizes[place] for place in batches[0])
         progress.message(f"this takes about {_readable_time(seconds * rest)}")
-    made: Iterator[TokenizedDocument] = itertools.chain(
-        first[max(0, done - batches[0].start) :],
-        itertools.chain.from_iterable(work.make(batch) for batch in batches[1:]),
-    )
+    rest_of_first = first[max(0, done - batches[0].start) :]
     if work.regenerates:  # that takes far longer than to read the documents afterwards
-        made = _counted(made, progress)
+        progress.advance(len(rest_of_first))
+    made = itertools.chain(rest_of_first, _made(work, batches[1:], progress))
     for shard in _shards(made, max_shard_tokens):
         streams = source.hidden_states([document.input_ids for document in shard], batch_tokens)
         for document, states in zip(shard, streams, strict=True):
@@ -280,12 +278,14 @@ def _run(
     writer.finish()
 
 
-def _counted(
-    documents: Iterable[TokenizedDocument], progress: Progress
+def _made(
+    work: Workload, batches: Iterable[range], progress: Progress
 ) -> Iterator[TokenizedDocument]:
-    for document in documents:
-        yield document
-        progress.advance(1)
+    for batch in batches:
+        documents = work.make(batch)
+        if work.regenerates:
+            progress.advance(len(documents))
+        yield from documents
 
 
 def _time(

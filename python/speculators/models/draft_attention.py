@@ -77,6 +77,17 @@ class TrainTimeTestAttention(DraftAttention):
         """Starts the next step."""
         self._positions.append(position_ids)
 
+    def select(self, rows: Tensor) -> None:
+        """From step 1 on, only some rows go on; to be called once, after step 0.
+
+        A later step's row is seen by the same row alone, so the others are not missed.
+
+        Args:
+            rows: int64 ``[B, R]``, which of the T rows; repeats are allowed.
+        """
+        width = self._causal.shape[-1]
+        self._causal = self._causal.gather(2, rows[:, None, :, None].expand(-1, -1, -1, width))
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:

@@ -11,6 +11,7 @@ are the assistant's.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Protocol
 
 import pydantic
@@ -150,10 +151,12 @@ class StepwiseObjective:
         inputs, normed = self._verifier_states(batch)
         outputs = self._draft(batch, inputs)
         steps = []
-        for k, output in enumerate(outputs):
-            rows = learnable(batch, k).flatten().nonzero()[:, 0]
+        for k, (output, rows) in enumerate(outputs):
+            learning = rows.of(learnable(batch, k)) & rows.real
+            draft_rows = learning.flatten().nonzero()[:, 0]
+            targets = rows.numbers.flatten()[draft_rows] + 1 + k
             head_input = output.head_input.flatten(0, 1)
-            steps.append(DraftStep(head_input, rows, rows + 1 + k, weights_K[k]))
+            steps.append(DraftStep(head_input, draft_rows, targets, weights_K[k]))
         distilled = chunked_distillation(
             steps,
             normed.flatten(0, 1),
@@ -175,7 +178,7 @@ class StepwiseObjective:
         }
         loss = distilled.loss
         if self.settings.smooth_l1:
-            distances_K = _smooth_l1([output.states for output in outputs], normed, steps)
+            distances_K = _smooth_l1([output.states for output, _ in outputs], normed, steps)
             sums["smooth_l1"] = distances_K.detach().double()
             loss = loss + self.settings.smooth_l1 * (weights_K * distances_K).sum()
         return ObjectiveOutput(loss, distilled.rows, sums)
@@ -188,16 +191,21 @@ class StepwiseObjective:
         inputs = self.draft.spec.draft_input(streams, self.head, self.draft.config)
         return self._noisy(inputs), self.head.norm(streams[max(streams)])
 
-    def _draft(self, batch: TrainingBatch, inputs: Tensor) -> list[DraftOutput]:
-        """Every row through all steps, with the text's own tokens."""
+    def _draft(self, batch: TrainingBatch, inputs: Tensor) -> list[tuple[DraftOutput, "_Rows"]]:
+        """All rows through step 0, and those that learn then through the others."""
         states = self.draft.combine_hidden_states(inputs)
         attention = TrainTimeTestAttention(batch.document_ids)
+        rows = _Rows.all(batch)
         outputs = []
         for k in range(self.settings.steps):
+            if k == 1:
+                rows = _Rows.learning(batch, range(1, self.settings.steps))
+                attention.select(rows.places)
+                states = states.gather(1, rows.places[..., None].expand(-1, -1, states.shape[-1]))
             # What the roll brings around belongs to rows that do not learn, and are not looked at.
-            tokens = batch.input_ids.roll(-1 - k, 1)
-            output = self.draft(tokens, states, batch.position_ids + k, attention)
-            outputs.append(output)
+            tokens = rows.of(batch.input_ids.roll(-1 - k, 1))
+            output = self.draft(tokens, states, rows.of(batch.position_ids) + k, attention)
+            outputs.append((output, rows))
             states = output.states.detach() if self.settings.detach_states else output.states
         return outputs
 
@@ -206,6 +214,46 @@ class StepwiseObjective:
         if not noise or not self.draft.training:
             return states
         return states + (torch.rand_like(states) - 0.5) * (noise * 512 / states.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some rows of a batch, R for each of B; where there are fewer, copies fill them up.
+
+    Attributes:
+        places: int64 ``[B, R]``, which of the T rows.
+        real: bool ``[B, R]``, false for what fills up.
+        width: T.
+    """
+
+    places: Tensor
+    real: Tensor
+    width: int
+
+    @classmethod
+    def all(cls, batch: TrainingBatch) -> "_Rows":
+        """Every row."""
+        real = torch.ones_like(batch.document_ids, dtype=torch.bool)
+        width = real.shape[1]
+        return cls(torch.arange(width, device=real.device).expand_as(real), real, width)
+
+    @classmethod
+    def learning(cls, batch: TrainingBatch, steps: Iterable[int]) -> "_Rows":
+        """The rows that learn at one of the steps, in their order."""
+        learning = torch.stack([learnable(batch, step) for step in steps]).any(0)
+        count = max(1, int(learning.sum(1).max()))
+        order = learning.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        return cls(order, learning.gather(1, order), learning.shape[1])
+
+    def of(self, values: Tensor) -> Tensor:
+        """The values at these rows, of ``[B, T]``."""
+        return values.gather(1, self.places)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Which of all B T rows they are: int64 ``[B, R]``."""
+        first = self.width * torch.arange(len(self.places), device=self.places.device)
+        return self.places + first[:, None]
 
 
 def _smooth_l1(states: list[Tensor], normed: Tensor, steps: list[DraftStep]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import typer
@@ -10,11 +10,11 @@ from rich.console import Console
 
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
-from speculators.cli.recipe import Recipe
+from speculators.cli.recipe import Recipe, VerifierSettings
 from speculators.configs.model_config import SpeculatorModelConfig
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
-from speculators.evaluation.prompts import read_prompts
-from speculators.evaluation.report import table
+from speculators.evaluation.prompts import Prompt, read_prompts
+from speculators.evaluation.report import EvaluationReport, table
 from speculators.models.hub import local_directory
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
@@ -32,7 +32,7 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
     if settings.prompts is None:
         raise UsageError("there are no prompts; give a file with --prompts")
     folders = {draft: local_directory(draft) for draft in drafts if draft != NGRAM}
-    verifier = _load_verifier(recipe, folders)
+    verifier = _verifier_of(recipe, folders)
     named = _names(drafts, folders)
     drafters: dict[str, AnyDrafter] = {}
     for name, draft in named.items():
@@ -44,19 +44,8 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
             )
         )
     progress = ConsoleProgress()
-    report = evaluate(
-        verifier,
-        drafters,
-        read_prompts(settings.prompts, verifier.tokenizer, limit=settings.limit),
-        k=settings.k,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        temperature=settings.temperature,
-        seed=recipe.seed,
-        repeats=settings.repeats,
-        command=sys.argv,
-        progress=progress,
-    )
+    prompts = read_prompts(settings.prompts, verifier.tokenizer, limit=settings.limit)
+    report = measure(verifier, drafters, prompts, recipe, progress)
     progress.stop()
     Console().print(table(report))
     place = output or next(iter(folders.values()), None)
@@ -65,15 +54,33 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
         typer.echo(f"{place}/report.md")
 
 
-def _load_verifier(recipe: Recipe, folders: dict[str, pathlib.Path]) -> Verifier:
-    settings = recipe.verifier
-    path = settings.path
-    if path is None:
-        for folder in folders.values():
-            config = SpeculatorModelConfig.from_pretrained(folder)
-            path = path or config.speculators_config.verifier.name_or_path
-    if path is None:
-        raise UsageError("no draft names its verifier; give it with --verifier")
+def measure(
+    verifier: Verifier,
+    drafters: Mapping[str, AnyDrafter],
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    progress: ConsoleProgress,
+) -> EvaluationReport:
+    """Runs the evaluation that a recipe asks for."""
+    settings = recipe.evaluate
+    return evaluate(
+        verifier,
+        drafters,
+        prompts,
+        k=settings.k,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        temperature=settings.temperature,
+        seed=recipe.seed,
+        repeats=settings.repeats,
+        verifier_name=_from_here(str(verifier.model.name_or_path)),
+        command=sys.argv,
+        progress=progress,
+    )
+
+
+def load_verifier(settings: VerifierSettings, path: str) -> Verifier:
+    """Loads a verifier as a recipe says, from a path or a name on the Hub."""
     return Verifier.from_pretrained(
         path,
         device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -81,6 +88,24 @@ def _load_verifier(recipe: Recipe, folders: dict[str, pathlib.Path]) -> Verifier
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def _verifier_of(recipe: Recipe, folders: Mapping[str, pathlib.Path]) -> Verifier:
+    """The recipe's verifier, else the one that a draft names."""
+    path = recipe.verifier.path
+    for folder in folders.values():
+        config = SpeculatorModelConfig.from_pretrained(folder)
+        path = path or config.speculators_config.verifier.name_or_path
+    if path is None:
+        raise UsageError("no draft names its verifier; give it with --verifier")
+    return load_verifier(recipe.verifier, path)
+
+
+def _from_here(path: str) -> str:
+    """A path below the working folder, relative to it; anything else as it is."""
+    here = pathlib.Path.cwd()
+    below = pathlib.Path(path).is_relative_to(here)
+    return str(pathlib.Path(path).relative_to(here)) if below else path
 
 
 def _names(drafts: Sequence[str], folders: dict[str, pathlib.Path]) -> dict[str, str]:

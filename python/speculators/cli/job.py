@@ -11,7 +11,6 @@ the folders between them::
 
 import dataclasses
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
@@ -19,6 +18,7 @@ import datasets
 import torch
 import transformers
 
+from speculators.cli.evaluation import load_verifier, measure
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe
@@ -27,7 +27,7 @@ from speculators.data.prepare import PreparedDataset, PrepareReport, prepare
 from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import TransformersSource, make_source
 from speculators.data.store import HiddenStateStore
-from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
+from speculators.evaluation.evaluate import NGRAM, AnyDrafter
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport
 from speculators.models.speculator_model import SpeculatorModel
@@ -103,15 +103,7 @@ class Job:
     def verifier(self) -> Verifier:
         """The verifier, loaded when first asked for."""
         if self._verifier is None:
-            settings = self.recipe.verifier
-            dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-            self._verifier = Verifier.from_pretrained(
-                self.verifier_path,
-                device=self._device(),
-                dtype=dtype,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
-            )
+            self._verifier = load_verifier(self.recipe.verifier, self.verifier_path)
         return self._verifier
 
     @property
@@ -124,9 +116,6 @@ class Job:
         if path.is_dir() or path.is_absolute():
             raise UsageError(f"{path} has no config.json; expected a verifier's folder")
         return str(self.recipe.verifier.path)
-
-    def _device(self) -> str:
-        return self.recipe.verifier.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def prepare(self) -> PrepareReport:
         """Rows to token ids and loss masks."""
@@ -227,20 +216,7 @@ class Job:
         drafters: dict[str, AnyDrafter] = {self.recipe.algorithm: draft.to(self.verifier.device)}
         if settings.ngram:
             drafters["n-gram"] = NGRAM
-        report = evaluate(
-            self.verifier,
-            drafters,
-            prompts,
-            k=settings.k,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            temperature=settings.temperature,
-            seed=self.recipe.seed,
-            repeats=settings.repeats,
-            verifier_name=_from_here(self.verifier_path),
-            command=sys.argv,
-            progress=self.progress,
-        )
+        report = measure(self.verifier, drafters, prompts, self.recipe, self.progress)
         report.write(self.folders.output)
         return report
 
@@ -282,12 +258,6 @@ class Job:
                 f"{vocabulary.coverage(counts):.2%} of what is to be learned"
             )
         return SpeculatorModel.from_config(config, self.verifier, vocabulary=vocabulary)
-
-
-def _from_here(path: str) -> str:
-    """A path below the working folder, relative to it; anything else as it is."""
-    below = pathlib.Path(path).is_relative_to(pathlib.Path.cwd())
-    return str(pathlib.Path(path).relative_to(pathlib.Path.cwd())) if below else path
 
 
 def learnable_counts(store: HiddenStateStore, vocab_size: int) -> torch.Tensor:

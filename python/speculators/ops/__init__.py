@@ -15,8 +15,7 @@
 The modules are imported when first named: ``speculators.ops.host`` does not bring torch along.
 """
 
-import importlib
-from types import ModuleType
+from speculators.lazy_facade import lazy_facade
 
 __all__ = [
     "backend",
@@ -27,12 +26,4 @@ __all__ = [
     "host",
 ]
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_facade(__name__, {}, __all__)

@@ -74,12 +74,24 @@ class VerifierHead(nn.Module):
             FileNotFoundError: there are no safetensors files.
             ValueError: a tensor that the head needs is missing.
         """
-        parts = PartialCheckpoint(
+        checkpoint = PartialCheckpoint(
             path_or_id,
             trust_remote_code=trust_remote_code,
             revision=revision,
             local_files_only=local_files_only,
-        ).head()
+        )
+        return cls.from_checkpoint(checkpoint, device=device, dtype=dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: PartialCheckpoint,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "VerifierHead":
+        """The head of an opened checkpoint, frozen; see :meth:`from_pretrained`."""
+        parts = checkpoint.head()
         head = cls(parts.final_norm, parts.lm_head, parts.logit_transform)
         return head.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -73,9 +73,7 @@ class VerifierParts:
             revision=revision,
             local_files_only=local_files_only,
         )
-        parts = checkpoint.head()
-        head = VerifierHead(parts.final_norm, parts.lm_head, parts.logit_transform)
         return cls(
             checkpoint.embedding().to(device=device, dtype=dtype),
-            head.to(device=device, dtype=dtype).eval().requires_grad_(False),
+            VerifierHead.from_checkpoint(checkpoint, device=device, dtype=dtype),
         )

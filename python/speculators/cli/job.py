@@ -23,7 +23,7 @@ from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe
 from speculators.data.generate import GenerateReport, generate
-from speculators.data.prepare import PreparedDataset, PrepareReport, prepare
+from speculators.data.prepare import PreparedDataset, PrepareReport, prepare, token_counts
 from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import TransformersSource, make_source
 from speculators.data.store import HiddenStateStore
@@ -251,23 +251,13 @@ class Job:
         size = config.to_dict().get("draft_vocab_size")
         vocabulary = None
         if size is not None and size < self.verifier.vocab_size:
-            counts = learnable_counts(store, self.verifier.vocab_size)
+            counts = token_counts(store, self.verifier.vocab_size)
             vocabulary = VocabularyMapping.from_counts(counts, size)
             self.progress.message(
                 f"draft vocabulary: {size} of {self.verifier.vocab_size} tokens, "
                 f"{vocabulary.coverage(counts):.2%} of what is to be learned"
             )
         return SpeculatorModel.from_config(config, self.verifier, vocabulary=vocabulary)
-
-
-def learnable_counts(store: HiddenStateStore, vocab_size: int) -> torch.Tensor:
-    """How often each token is to be learned in a store: int64 ``[V]``."""
-    tokens_only = HiddenStateStore.open(store.directory, layer_ids=())
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for number in range(len(tokens_only)):
-        document = tokens_only[number]
-        counts += document.input_ids[document.loss_mask].bincount(minlength=vocab_size)
-    return counts
 
 
 def publish(draft: SpeculatorModel, output: pathlib.Path) -> None:

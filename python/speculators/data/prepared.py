@@ -7,7 +7,7 @@ rows go through Arrow's flat columns, without a Python object for each token.
 
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -172,11 +172,18 @@ class PreparedDataset:
             )
 
 
-def token_counts(dataset: PreparedDataset, vocab_size: int) -> Tensor:
+class LearnableTokens(Protocol):
+    """A dataset that tells which tokens are to be learned: prepared, or with hidden states."""
+
+    def learnable_ids(self) -> Iterator[npt.NDArray[Any]]:
+        """All ids that are to be learned, in pieces."""
+
+
+def token_counts(dataset: LearnableTokens, vocab_size: int) -> Tensor:
     """How often each token is to be learned, from which a draft's vocabulary is chosen.
 
     Args:
-        dataset: a prepared dataset.
+        dataset: a prepared dataset, or a store of hidden states.
         vocab_size: the size V of the verifier's vocabulary.
 
     Returns:

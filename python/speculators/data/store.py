@@ -14,9 +14,11 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pydantic
 import torch
 from safetensors import safe_open
@@ -238,6 +240,13 @@ class HiddenStateStore:
 
         states = {k: decode(k, read) for k in self.layer_ids}
         return Document(read("input_ids").long(), read("loss_mask"), states)
+
+    def learnable_ids(self) -> Iterator[npt.NDArray[np.int64]]:
+        """All ids that are to be learned, document by document; no states are read."""
+        tokens_only = HiddenStateStore(self.directory, self.index, ())
+        for number in range(len(self)):
+            document = tokens_only[number]
+            yield document.input_ids[document.loss_mask].numpy()
 
     def _file(self, shard: int) -> Any:
         """The mapped shard; as many as a process may hold are kept, the last used ones."""

@@ -1,12 +1,13 @@
 """Files and folders appear whole or not at all, and what was there before stays until then."""
 
+import errno
 import os
 import pathlib
 import stat
 
 import pytest
 
-from speculators.atomic import atomic_directory, atomic_file
+from speculators.atomic import FullDiskError, atomic_directory, atomic_file
 
 
 def _names(folder: pathlib.Path) -> list[str]:
@@ -91,3 +92,28 @@ def test_a_file_in_the_way_is_refused(tmp_path: pathlib.Path) -> None:
         with atomic_directory(tmp_path / "draft", overwrite=True):
             pass
     assert (tmp_path / "draft").read_text() == "a file"
+
+
+class _RustError(Exception):
+    """As safetensors raises: the system's number is in the words alone."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        _RustError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_with_what_to_do(tmp_path: pathlib.Path, error: Exception) -> None:
+    path = tmp_path / "draft"
+    path.mkdir()
+    (path / "old").write_text("old")
+    message = f"the disk of {path} is full; what was there before is as it was: free some space"
+    with pytest.raises(FullDiskError, match=message) as caught:
+        with atomic_directory(path, overwrite=True) as new, atomic_file(new / "file"):
+            raise error
+    assert caught.value.errno == errno.ENOSPC
+    assert _names(tmp_path) == ["draft"]
+    assert _names(path) == ["old"]

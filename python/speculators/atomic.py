@@ -5,12 +5,21 @@ fsync, rename. A run that is killed, or a disk that is full, leaves what was the
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
+
+
+class FullDiskError(OSError):
+    """The disk became full; the message says which, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOSPC
 
 
 @contextlib.contextmanager
@@ -23,6 +32,9 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 
     Yields:
         The open file. If the block raises, the file is removed and an older one stays.
+
+    Raises:
+        FullDiskError: the disk is full.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +48,9 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             os.fsync(file.fileno())
         new.chmod(_plain_mode(0o666))
         new.replace(path)
-    except BaseException:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        _explain_full_disk(error, path)
         raise
     _sync(path.parent)
 
@@ -57,6 +70,7 @@ def atomic_directory(
 
     Raises:
         FileExistsError: ``path`` is a file, or a folder that is not empty without ``overwrite``.
+        FullDiskError: the disk is full.
     """
     path = pathlib.Path(path).absolute()
     if path.exists() and not path.is_dir():
@@ -74,10 +88,24 @@ def atomic_directory(
         new.chmod(_plain_mode(0o777))
         _sync(new)
         _take_place(new, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        _explain_full_disk(error, path)
         raise
     _sync(path.parent)
+
+
+def _explain_full_disk(error: BaseException, path: pathlib.Path) -> None:
+    """Raises what the user can act on, if a full disk or quota is what ``error`` means."""
+    # Libraries in Rust, such as safetensors, pass the number on in words alone.
+    full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or (
+        f"os error {errno.ENOSPC}" in str(error)
+    )
+    if full:  # of a file in a folder, the folder's name is the one that the user knows
+        raise FullDiskError(
+            f"the disk of {path} is full; what was there before is as it was: free some space and "
+            "run the same command again, or choose another folder"
+        ) from error
 
 
 def _take_place(new: pathlib.Path, path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """The main job as a user runs it: any verifier, any data, by stages, again, and with mistakes."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from speculators.models import SpeculatorModel
 from speculators.models.verifier import Verifier
 
 TINY = pathlib.Path("examples/tiny_verifier")
+PREPARED = ["data-00000-of-00001.arrow", "dataset_info.json", "prepare.json", "state.json"]
 BUDGET = [
     "--training.max-steps=3",
     "--training.row-tokens=64",
@@ -156,6 +158,11 @@ def test_other_settings_are_told_and_replace_data_only_if_asked(
     assert "error: " in stale.output
     assert "prepared" in stale.output
     assert run("prepare", *shared, "--prepare.max-length=32", "--overwrite").exit_code == 0
+    shared = [*shared, "--prepare.max-length=32", "--algo=eagle"]
+    assert run("generate", *shared, "--generate.dtype=bfloat16").exit_code == 0
+    stale = run("generate", *shared, "--generate.dtype=float32")
+    assert stale.exit_code == 1
+    assert "hidden_states" in stale.output
 
 
 @pytest.mark.parametrize(
@@ -211,3 +218,40 @@ def test_ctrl_c_ends_with_one_line() -> None:
     process = subprocess.run(command, check=False, capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr == "error: interrupted; the same command goes on from here\n"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: pathlib.Path) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    program = pathlib.Path(__file__).with_name("full_disk.py")
+    verifier = (TINY / "model").absolute()
+    process = subprocess.run(
+        [*namespace, sys.executable, program, tmp_path, verifier],
+        check=False, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    attempts = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [(found["command"], found["status"], found["left"]) for found in attempts] == [
+        ("prepare", 1, []),
+        ("prepare", 0, []),
+        ("generate", 1, [f"data/prepared/{name}" for name in PREPARED]),
+        ("train", 0, []),
+        ("train", 1, []),
+        ("evaluate", 1, ["ballast"]),
+        ("save", 1, []),
+    ]
+    for found, message in zip(
+        [found for found in attempts if found["status"]],
+        [
+            "No space left on device: {}/disk/out/data/prepared is as it was; free some space",
+            "and {}/disk/data/hidden_states has 1.0 MB free; free some space",
+            "and {}/disk/out/training has 1.0 MB free; free some space",
+            "the disk of {}/disk/report/acceptance.png is full",
+            "the disk of {}/disk/draft is full; what was there before is as it was: free some",
+        ],
+        strict=True,
+    ):
+        (line,) = [line for line in found["output"].splitlines() if line.startswith("error: ")]
+        assert message.format(tmp_path) in line

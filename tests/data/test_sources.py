@@ -165,22 +165,6 @@ def test_a_response_ends_with_its_end(llama: Verifier, monkeypatch: pytest.Monke
     assert any(len(response) == 8 for response in found)
 
 
-def test_the_checkpoints_own_settings_are_not_used(llama: Verifier) -> None:
-    settings = RegenerateSettings(max_new_tokens=8)
-    own: Any = llama.model.generation_config
-    before = own.to_dict()
-    expected = write_responses(llama, DOCUMENTS, settings, seed=0)
-    own.repetition_penalty, own.suppress_tokens = 9.0, [int(expected[0][0])]
-    try:
-        found = write_responses(llama, DOCUMENTS, settings, seed=0)
-        assert llama.model.generation_config is own
-        assert own.repetition_penalty == 9.0
-    finally:
-        own.repetition_penalty = before["repetition_penalty"]
-        own.suppress_tokens = before["suppress_tokens"]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def sampled(verifier: Verifier, settings: RegenerateSettings, rows: int) -> Sequence[int]:
     prompts = [DOCUMENTS[0]] * rows
     return [int(r[0]) for r in write_responses(verifier, prompts, settings, seed=3)]
@@ -204,7 +188,6 @@ def test_sampling_has_the_distribution_asked_for(llama: Verifier) -> None:
 
 
 def test_all_tokens_can_be_sampled(llama: Verifier) -> None:
-    # Transformers would keep the 50 likeliest of 61 by default.
     settings = RegenerateSettings(temperature=20.0, max_new_tokens=1)
     assert len(set(sampled(llama, settings, 3000))) == VOCABULARY
 

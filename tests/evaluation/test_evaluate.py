@@ -10,8 +10,10 @@ from tests.models.verifier_models import VOCABULARY, make, tokens
 
 from speculators.decoding import GenerationOutput, GenerationSettings, NgramDrafter, generate
 from speculators.decoding.drafters import Proposal
+from speculators.decoding.sampling import GREEDY, Sampling
 from speculators.evaluation import DrafterResult, EvaluationReport, Prompt, decoders
 from speculators.evaluation.evaluate import evaluate
+from speculators.evaluation.transformers_generate import transformers_generate
 from speculators.models import SpeculatorModel, VocabularyMapping, find_algorithm
 from speculators.models.verifier import Verifier
 
@@ -333,3 +335,28 @@ def test_wrong_arguments(verifier: Verifier, prompts: list[Prompt]) -> None:
             assert word in str(caught.value)
     # As long as the context allows is not too long.
     assert run(verifier, good, prompts[2:3], max_new_tokens=122).prompts == 1
+
+
+def test_transformers_own_generate_runs_without_the_checkpoints_settings(
+    verifier: Verifier, prompts: list[Prompt]
+) -> None:
+    ids = [prompt.ids.tolist() for prompt in prompts]
+    own: Any = verifier.model.generation_config
+    before = own.to_dict()
+    expected = transformers_generate(verifier, ids, GREEDY, NEW, seed=0)
+    assert expected == generate(verifier, None, ids, GenerationSettings(NEW)).sequences
+    own.repetition_penalty, own.suppress_tokens = 9.0, [expected[0][0]]
+    try:
+        found = transformers_generate(verifier, ids, GREEDY, NEW, seed=0)
+        assert verifier.model.generation_config is own
+        assert own.repetition_penalty == 9.0
+    finally:
+        own.repetition_penalty = before["repetition_penalty"]
+        own.suppress_tokens = before["suppress_tokens"]
+    assert found == expected
+
+
+def test_transformers_own_generate_samples_from_all_tokens(verifier: Verifier) -> None:
+    # By itself it would keep the 50 likeliest of 61.
+    written = transformers_generate(verifier, [[5, 6, 7]] * 3000, Sampling(20.0), 1, seed=0)
+    assert {sequence[0] for sequence in written} == set(range(VOCABULARY))

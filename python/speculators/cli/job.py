@@ -149,7 +149,7 @@ class Job:
         spec, config = self.recipe.spec, self._config()
         layers = {*spec.capture_layers(config, self.verifier.num_layers), self.verifier.num_layers}
         source = (
-            TransformersSource(self.verifier, layers)
+            TransformersSource(self._generating_verifier(), layers)
             if settings.source == "transformers"
             else make_source(settings.source, self.verifier_path, layers)
         )
@@ -219,6 +219,14 @@ class Job:
         report = measure(self.verifier, drafters, prompts, self.recipe, self.progress)
         report.write(self.folders.output)
         return report
+
+    def _generating_verifier(self) -> Verifier:
+        """The verifier in the dtype that it generates in."""
+        dtype = self.recipe.generate.dtype
+        if dtype in {None, self.recipe.verifier.dtype}:
+            return self.verifier
+        settings = self.recipe.verifier.model_copy(update={"dtype": dtype})
+        return load_verifier(settings, self.verifier_path)
 
     def _held_back_prompts(self) -> list[Prompt]:
         """The beginnings of documents that training held back."""

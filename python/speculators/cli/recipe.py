@@ -70,6 +70,8 @@ class GenerateSettings(_Settings):
 
     Attributes:
         source: the back end, by name.
+        dtype: of the verifier's weights while it writes answers and states; None: as
+            ``verifier.dtype`` says. Served verifiers mostly run in bfloat16.
         regenerate: lets the verifier write the answers; drafts are judged by what it says.
         temperature: of the answers; 0 for the likeliest tokens.
         top_p: of the answers.
@@ -79,6 +81,7 @@ class GenerateSettings(_Settings):
     """
 
     source: str = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     regenerate: bool = False
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speculators.atomic import atomic_directory
 from speculators.data import artifact, chat, parts
+from speculators.data.disk import full_disk
 from speculators.data.parts import PrepareSettings
 from speculators.data.prepared import (
     MANIFEST,
@@ -124,18 +125,22 @@ def prepare(
         return report
     folder = output.with_name(f".{output.name}.{report.content_hash[:16]}.parts")
     files: list[pathlib.Path] = []
-    selected = _selected(source, settings)
-    while rows := list(itertools.islice(selected, _ROWS_PER_PART)):
-        files.append(folder / f"{len(files):06}.arrow")
-        report.add(parts.counts_of(files[-1], rows, tokenizer, settings))
-        if on_malformed == "error":
-            _check_malformed(report)
-        if progress is not None:
-            progress(report.rows)
-    _check(report, on_malformed, require_learnable)
-    with atomic_directory(output, overwrite=overwrite) as new:
-        _write(new, files, report, settings)
-    shutil.rmtree(folder)
+    with full_disk(
+        f"{output} is as it was; free some space and run the same command again, or choose "
+        "another folder"
+    ):
+        selected = _selected(source, settings)
+        while rows := list(itertools.islice(selected, _ROWS_PER_PART)):
+            files.append(folder / f"{len(files):06}.arrow")
+            report.add(parts.counts_of(files[-1], rows, tokenizer, settings))
+            if on_malformed == "error":
+                _check_malformed(report)
+            if progress is not None:
+                progress(report.rows)
+        _check(report, on_malformed, require_learnable)
+        with atomic_directory(output, overwrite=overwrite) as new:
+            _write(new, files, report, settings)
+        shutil.rmtree(folder)
     return report
 
 

@@ -7,20 +7,19 @@ assistant stay as context and are learned no more. A row without learnable token
 whole: the data must then have been prepared with the generation prompt added, or the verifier
 continues the user's turn.
 
-transformers' own ``generate`` does the work, since this is making data. It runs with settings of
-ours alone: those that come with checkpoints (top-k, repetition penalties) would give texts whose
-distribution is not the verifier's.
+Our own plain decoding does the work: texts that have ended leave the batch, and no settings that
+come with checkpoints (top-k, repetition penalties) change the verifier's distribution.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from speculators.decoding.generation import generate
+from speculators.decoding.sampling import GREEDY, Sampling
+from speculators.decoding.settings import GenerationSettings
 from speculators.models.verifier.verifier import Verifier
 
 
@@ -67,78 +66,33 @@ def with_response(prompt: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
     return input_ids, torch.arange(len(input_ids)) >= len(prompt)
 
 
-@torch.no_grad()
 def write_responses(
     verifier: Verifier, prompts: Sequence[Tensor], settings: RegenerateSettings, seed: int
 ) -> list[Tensor]:
-    """Writes a response to each prompt, in one batch padded on the left.
+    """Writes a response to each prompt, in one batch.
 
     Args:
         verifier: the model.
         prompts: int64 ``[L]`` each, at least one token.
         settings: see there; its own seed is not read here.
-        seed: of this batch; the state of torch's generators is as before afterwards.
+        seed: of this batch; torch's own generators are not used.
 
     Returns:
         int64 ``[M]`` on the CPU for each, 1 <= M <= ``max_new_tokens``; the token that ends a text
         is included where it was written.
+
+    Raises:
+        ValueError: a prompt leaves no room for an answer among the verifier's positions.
     """
-    width = max(len(prompt) for prompt in prompts)
-    ends = verifier.eos_token_ids
-    padding = ends[0] if ends else 0
-    rows = torch.full((len(prompts), width), padding)
-    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        rows[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    device = verifier.device
-    model: Any = verifier.model
-    with _settings(model, _generation_config(settings, ends, padding)), _seeded(seed, device):
-        written = model.generate(input_ids=rows.to(device), attention_mask=mask.to(device))
-    return [_until_end(row, ends) for row in written[:, width:].cpu()]
-
-
-def _generation_config(
-    settings: RegenerateSettings, ends: tuple[int, ...], padding: int
-) -> GenerationConfig:
-    sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": 0,  # else the 50 likeliest
-        }
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=padding,
-        **sampling,
+    greedy = settings.temperature == 0
+    output = generate(
+        verifier,
+        None,
+        [prompt.tolist() for prompt in prompts],
+        GenerationSettings(
+            max_new_tokens=settings.max_new_tokens,
+            sampling=GREEDY if greedy else Sampling(settings.temperature, top_p=settings.top_p),
+        ),
+        generator=torch.Generator(verifier.device).manual_seed(seed),
     )
-
-
-@contextlib.contextmanager
-def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """The model's own generation settings are out of the way in the block.
-
-    ``generate`` fills what a given configuration leaves open from the model's, so to give one is
-    not enough.
-    """
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _until_end(tokens: Tensor, ends: tuple[int, ...]) -> Tensor:
-    stops = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype)).nonzero()
-    return tokens[: int(stops[0]) + 1] if len(stops) else tokens
+    return [torch.tensor(sequence) for sequence in output.sequences]

@@ -1,16 +1,17 @@
 """Evaluation: how many tokens a draft saves, how fast that is, and whether the text stays the same.
 
-================  =================================================================================
-``evaluate``      the stage: held-out prompts, several drafters side by side, one report
-``prompts``       conversations, texts or token ids from files -> prompts
-``acceptance``    tau with its interval, acceptance by position, from what the loop counted
-``decoders``      what is compared: plain decoding, with each drafter, transformers' own
-``comparison``    whether two decodings gave the same tokens, and by how little they did not
-``speed``         clocks, and decoders that take turns
-``results``       what a report says of one decoder, typed
-``report``        ``EvaluationReport``: report.json, report.md, acceptance.png, and a table
-``plot``          acceptance by position as a picture
-================  =================================================================================
+=========================  =======================================================================
+``evaluate``               the stage: held-out prompts, several drafters side by side, one report
+``prompts``                conversations, texts or token ids from files -> prompts
+``acceptance``             tau with its interval, acceptance by position, from what the loop counted
+``decoders``               what is compared: plain decoding, with each drafter, transformers' own
+``transformers_generate``  the baseline
+``comparison``             whether two decodings gave the same tokens; if not, by how little
+``speed``                  clocks, and decoders that take turns
+``results``                what a report says of one decoder, typed
+``report``                 ``EvaluationReport``: report.json, report.md, the plot, and a table
+``plot``                   acceptance by position as a picture
+=========================  =======================================================================
 
 The modules are imported when first named.
 """
@@ -45,6 +46,7 @@ _MODULES = (
     "report",
     "results",
     "speed",
+    "transformers_generate",
 )
 
 __all__ = [*_DEFINED_IN]  # noqa: PLE0604 - all of them are strings

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speculators.data.ordering import derived_seed
-from speculators.data.regenerate import RegenerateSettings, write_responses
 from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import drafter_for, num_draft_tokens
 from speculators.decoding.drafters import Drafter
@@ -21,6 +20,7 @@ from speculators.decoding.settings import GenerationSettings
 from speculators.evaluation.prompts import Prompt
 from speculators.evaluation.results import EvaluationSettings
 from speculators.evaluation.speed import TimedDrafter
+from speculators.evaluation.transformers_generate import transformers_generate
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 
@@ -95,16 +95,16 @@ class Batches:
 
     def transformers(self) -> Run:
         """Transformers' own ``generate``."""
-        temperature = self._settings.sampling.temperature
-        settings = RegenerateSettings(
-            temperature=temperature, max_new_tokens=self._settings.max_new_tokens
-        )
+        settings = self._settings
 
         def run(number: int) -> Decoded:
-            ids = [prompt.ids for prompt in self._batches[number]]
+            ids = [prompt.ids.tolist() for prompt in self._batches[number]]
             seed = derived_seed(self.seed, number)
-            written = write_responses(self._verifier, ids, settings, seed)
-            return Decoded([sequence.tolist() for sequence in written])
+            return Decoded(
+                transformers_generate(
+                    self._verifier, ids, settings.sampling, settings.max_new_tokens, seed
+                )
+            )
 
         return run
 

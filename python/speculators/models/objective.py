@@ -21,7 +21,7 @@ from torch import Tensor
 from speculators.models.draft_attention import TrainTimeTestAttention
 from speculators.models.speculator_model import DraftOutput, SpeculatorModel
 from speculators.models.verifier.head import VerifierHead
-from speculators.ops.chunked_distillation import DraftStep, chunked_distillation
+from speculators.ops.chunked_distillation import ROW_MULTIPLE, DraftStep, chunked_distillation
 from speculators.ops.distillation_loss import smooth_l1_rows
 
 
@@ -242,6 +242,8 @@ class _Rows:
         """The rows that learn at one of the steps, in their order."""
         learning = torch.stack([learnable(batch, step) for step in steps]).any(0)
         count = max(1, int(learning.sum(1).max()))
+        # A few more copies: for each new number of rows, matrix products are prepared anew.
+        count = min(count + -count % ROW_MULTIPLE, learning.shape[1])
         order = learning.int().argsort(dim=1, descending=True, stable=True)[:, :count]
         return cls(order, learning.gather(1, order), learning.shape[1])
 

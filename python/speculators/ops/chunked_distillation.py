@@ -33,6 +33,10 @@ Head = Callable[[Tensor], Tensor]
 LOGITS_BYTES: Final = 64 * 2**20
 """About how large one float32 matrix of logits may get; five to ten of them exist at a time."""
 
+ROW_MULTIPLE: Final = 32
+"""Heads see a multiple of so many rows. For each new number of rows a matrix product is prepared
+anew, which takes oneDNN some 10 ms in bfloat16, and the number of learnable rows always changes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DraftStep:
@@ -110,7 +114,8 @@ def chunked_distillation(
         data_tokens: int64 ``[T]``, the data's token for each target row; for ``ce_data``.
         top_k: see ``row_losses``.
         mask_out_of_vocabulary: see ``row_losses``.
-        chunk_rows: the most rows of logits at a time; by default 256 to 1024, fewer the larger V.
+        chunk_rows: the most rows of logits at a time, but for copies that make their number a
+            multiple of ``ROW_MULTIPLE``; by default 256 to 1024, fewer the larger V.
 
     Raises:
         ValueError: a shape is wrong, or a loss unknown, or ``draft_parameters`` are not those that
@@ -134,15 +139,12 @@ def chunked_distillation(
     )
     walk = _Walk(steps, draft_head, draft_parameters, objective)
     for chunk in plan_chunks([step.target_rows for step in steps], chunk_rows):
-        states = target_states.index_select(0, chunk.target_rows)
+        states = target_states.index_select(0, _fill_up(chunk.target_rows))
         target = target_distribution(target_logits(states), draft_to_verifier)
         tokens = None if data_tokens is None else data_tokens[chunk.target_rows]
         for piece in chunk.pieces:
-            walk.add(
-                piece,
-                target.select(piece.positions),
-                None if tokens is None else tokens[piece.positions],
-            )
+            positions = _fill_up(piece.positions)
+            walk.add(piece, target.select(positions), None if tokens is None else tokens[positions])
     return walk.result(arithmetic_dtype(target_states, *(step.head_input for step in steps)))
 
 
@@ -185,9 +187,9 @@ class _Walk:
         self.checked = False
 
     def add(self, piece: Piece, target: TargetDistribution, data_tokens: Tensor | None) -> None:
-        """One step's rows of one chunk: what they lose, and the gradient of it."""
-        step = self.steps[piece.step]
-        draft_rows = step.draft_rows[piece.pairs]
+        """One step's rows of one chunk, filled up: what they lose, and the gradient of it."""
+        step, count = self.steps[piece.step], len(piece.pairs)
+        draft_rows = _fill_up(step.draft_rows[piece.pairs])
         head_input = step.head_input.detach().index_select(0, draft_rows)
         wanted = [*self.parameters]
         if piece.step in self.input_gradients:
@@ -195,9 +197,9 @@ class _Walk:
         with torch.set_grad_enabled(bool(wanted)):
             logits = self.draft_head(head_input)
             result = self.objective(logits, target, data_tokens=data_tokens)
-            loss = (result.loss * _weight(step, piece)).sum()
+            loss = (result.loss[:count] * _weight(step, piece)).sum()
         self.loss += loss.detach()
-        self.sums_KN[piece.step] += _sums(result)
+        self.sums_KN[piece.step] += _sums(result, count)
         if not wanted:
             return
         if not self.checked:
@@ -209,7 +211,8 @@ class _Walk:
         for sofar, gradient in zip(self.parameter_gradients, gradients, strict=False):
             sofar.add_(gradient)
         if piece.step in self.input_gradients:
-            self.input_gradients[piece.step].index_add_(0, draft_rows, gradients[-1])
+            gradient = gradients[-1][:count]
+            self.input_gradients[piece.step].index_add_(0, draft_rows[:count], gradient)
 
     def result(self, dtype: torch.dtype) -> ChunkedLoss:
         """The loss in the given dtype, with the gradient, and the sums."""
@@ -229,6 +232,11 @@ class _Walk:
         )
 
 
+def _fill_up(rows: Tensor) -> Tensor:
+    """At least one row number ``[R]``, and copies of the first up to a multiple."""
+    return torch.cat([rows, rows[:1].expand(-len(rows) % ROW_MULTIPLE)])
+
+
 def _weight(step: DraftStep, piece: Piece) -> float | Tensor:
     if not isinstance(step.weight, Tensor):
         return step.weight
@@ -236,7 +244,8 @@ def _weight(step: DraftStep, piece: Piece) -> float | Tensor:
     return weight if weight.dim() == 0 else weight[piece.pairs]
 
 
-def _sums(result: RowLosses) -> Tensor:
+def _sums(result: RowLosses, count: int) -> Tensor:
+    """Over the first rows: float64 ``[5]``."""
     columns = (
         result.loss.detach(),
         result.alpha,
@@ -244,7 +253,7 @@ def _sums(result: RowLosses) -> Tensor:
         result.agreement,
         result.in_vocabulary,
     )
-    return torch.stack([column.sum(dtype=torch.float64) for column in columns])
+    return torch.stack([column[:count].sum(dtype=torch.float64) for column in columns])
 
 
 def _check_inputs(

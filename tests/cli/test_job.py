@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -218,6 +220,32 @@ def test_ctrl_c_ends_with_one_line() -> None:
     process = subprocess.run(command, check=False, capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr == "error: interrupted; the same command goes on from here\n"
+
+
+def test_a_killed_job_ends_as_one_that_was_not(
+    verifier: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words: list[Any] = ["train", "--algo=hass", "--verifier", verifier, "--data", data, *BUDGET]
+    words += ["--training.max-steps=12", "--training.checkpoints.every-steps=2"]
+    words += ["--training.epochs=12", "--skip-evaluation"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for sign in ("data/hidden_states/*.safetensors", "training/checkpoint-*/trainer.json"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "speculators", *map(str, words), "--output-dir", killed],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.DEVNULL,
+        )
+        while not list(killed.glob(sign)):
+            assert process.poll() is None, f"ended before there was {sign}"
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (killed / "config.json").exists()
+    for folder in (killed, whole):
+        result = run(*words, "--output-dir", folder)
+        assert result.exit_code == 0, result.output
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (killed, whole)]
+    assert weights[0] == weights[1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 CSRC = pathlib.Path("csrc")
 GATHER = CSRC / "hidden_state_packing" / "gather_emulator_test"
+ROW_LOSSES = CSRC / "distillation_loss" / "row_losses_emulator_test"
 EMULATOR = CSRC / "common" / "cuda_emulator_test"
 
 # Program, suffix of the build, bug, what the failure says.
@@ -30,6 +31,15 @@ PLANTS = [
     (GATHER, "_address", "copies_past_the_row", "AddressSanitizer"),
     (GATHER, "_address", "skips_the_index_check", "AddressSanitizer"),
     (GATHER, "_thread", "all_warps_take_the_same_row", "ThreadSanitizer: data race"),
+    (ROW_LOSSES, "", "ignores_positions", "positions has an index out of range"),
+    (ROW_LOSSES, "", "forgets_to_rescale", "gave a wrong result"),
+    (ROW_LOSSES, "", "takes_the_last_of_equal_logits", "gave a wrong result"),
+    (ROW_LOSSES, "", "reads_logits_after_they_are_gone", "gave a wrong result"),
+    (ROW_LOSSES, "", "forgets_the_weight", "gave a wrong result"),
+    (ROW_LOSSES, "", "stops_after_one_row", "gave a wrong result"),
+    (ROW_LOSSES, "_address", "reads_past_the_row", "AddressSanitizer"),
+    (ROW_LOSSES, "_thread", "reads_the_total_too_early", "ThreadSanitizer: data race"),
+    (ROW_LOSSES, "_thread", "writes_places_too_early", "ThreadSanitizer: data race"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor, nn
 
+from speculators.ops import chunked_distillation as chunked
 from speculators.ops.chunked_distillation import (
     ChunkedLoss,
     DraftStep,
@@ -169,7 +170,10 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 10])
-def test_no_logits_are_larger_than_a_chunk_and_none_are_computed_twice(chunk_rows: int) -> None:
+def test_no_logits_are_larger_than_a_chunk_and_none_are_computed_twice(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "ROW_MULTIPLE", 1)
     case = make_case(counts=(14, 25, 40))
     used = torch.cat([step.target_rows for step in case.steps]).unique()
     result = case.run(chunk_rows)
@@ -178,6 +182,13 @@ def test_no_logits_are_larger_than_a_chunk_and_none_are_computed_twice(chunk_row
     assert max(case.target_head.calls) <= chunk_rows
     assert sum(case.draft_head.calls) == 14 + 25 + 40
     assert sum(case.target_head.calls) == len(used) < TOKENS
+
+
+def test_heads_see_few_different_numbers_of_rows() -> None:
+    case = make_case(counts=(14, 25, 40))
+    case.run(10)
+    calls = {*case.draft_head.calls, *case.target_head.calls}
+    assert calls - {0} == {chunked.ROW_MULTIPLE}
 
 
 def test_the_sums_are_those_of_the_rows() -> None:

@@ -1,7 +1,11 @@
-"""Row losses: each against its formula, written plainly in probabilities and float64."""
+"""Row losses: each against its formula, written plainly in probabilities and float64.
 
+All of it for what serves by itself and for the definition in torch's own operators.
+"""
+
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -9,6 +13,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
+from speculators.ops import backend
 from speculators.ops.distillation_loss import (
     MIN_LOG_P,
     RowLosses,
@@ -18,6 +23,14 @@ from speculators.ops.distillation_loss import (
 
 ROWS, DRAFT_VOCABULARY, VOCABULARY = 9, 12, 20
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+# Of the module and not of each test: hypothesis runs a test many times with one fixture.
+@pytest.fixture(autouse=True, params=["what serves", "reference"], scope="module")
+def back_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    force = backend.forced("reference") if request.param == "reference" else None
+    with force or contextlib.nullcontext():
+        yield
 
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:

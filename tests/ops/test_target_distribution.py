@@ -52,6 +52,35 @@ def test_selected_rows_are_compared_as_in_the_whole() -> None:
         assert torch.equal(getattr(found, field), getattr(whole, field)[rows]), field
 
 
+def test_the_most_likely_tokens_are_found_once() -> None:
+    torch.manual_seed(0)
+    target = target_distribution(torch.randn(5, 6), SELECTION)
+    assert target.top(2) is target.top(2)
+    for count in (1, 2, 3, 8):
+        expected = target.log_p.topk(min(count, 3)).values
+        found = target.log_p.gather(1, target.top(count)).sort(descending=True).values
+        assert torch.equal(found, expected)
+    rows = torch.tensor([3, 3, 0])
+    assert torch.equal(target.select(rows).top(2), target.top(2)[rows])
+
+
+def test_among_equal_tokens_the_choice_stays() -> None:
+    target = target_distribution(torch.zeros(3, 40))
+    before = target.top(7)
+    rows = torch.tensor([2, 0])
+    assert all(len(set(row)) == 7 for row in before.tolist())
+    assert torch.equal(target.select(rows).top(7), before[rows])
+
+
+def test_the_likeliest_token_that_the_draft_has() -> None:
+    logits = torch.tensor([[9.0, 0.0, 1.0, 0.0, 0.0, 2.0], [0.0, 3.0, 1.0, 0.0, 0.0, 2.0]])
+    target = target_distribution(logits, SELECTION)
+    assert target.best.tolist() == [-1, 0]
+    assert target.likeliest.tolist() == [2, 0]
+    whole = target_distribution(logits)
+    assert whole.best.tolist() == whole.likeliest.tolist() == [0, 1]
+
+
 def test_an_empty_selection_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"\[0\], expected \[W\] with W >= 1"):
         target_distribution(torch.zeros(2, 3), SELECTION[:0])

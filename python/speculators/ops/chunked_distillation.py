@@ -19,7 +19,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from speculators.ops.distillation_loss import RowLosses, check_losses, row_losses
+from speculators.ops.distillation_loss import (
+    RowLosses,
+    check_losses,
+    row_losses_and_gradient_,
+)
 from speculators.ops.given_gradient import check_sources, with_gradient
 from speculators.ops.row_chunks import Piece, plan_chunks
 from speculators.ops.target_distribution import (
@@ -135,7 +139,10 @@ def chunked_distillation(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, expected at least 1")
     objective = functools.partial(
-        row_losses, losses=losses, top_k=top_k, mask_out_of_vocabulary=mask_out_of_vocabulary
+        row_losses_and_gradient_,
+        losses=losses,
+        top_k=top_k,
+        mask_out_of_vocabulary=mask_out_of_vocabulary,
     )
     walk = _Walk(steps, draft_head, draft_parameters, objective)
     for chunk in plan_chunks([step.target_rows for step in steps], chunk_rows):
@@ -143,8 +150,7 @@ def chunked_distillation(
         target = target_distribution(target_logits(states), draft_to_verifier)
         tokens = None if data_tokens is None else data_tokens[chunk.target_rows]
         for piece in chunk.pieces:
-            positions = _fill_up(piece.positions)
-            walk.add(piece, target.select(positions), None if tokens is None else tokens[positions])
+            walk.add(piece, target, None if tokens is None else tokens[piece.positions])
     return walk.result(arithmetic_dtype(target_states, *(step.head_input for step in steps)))
 
 
@@ -196,18 +202,26 @@ class _Walk:
             wanted.append(head_input.requires_grad_())
         with torch.set_grad_enabled(bool(wanted)):
             logits = self.draft_head(head_input)
-            result = self.objective(logits, target, data_tokens=data_tokens)
-            loss = (result.loss[:count] * _weight(step, piece)).sum()
-        self.loss += loss.detach()
-        self.sums_KN[piece.step] += _sums(result, count)
-        if not wanted:
-            return
-        if not self.checked:
+        if wanted and not self.checked:
             check_sources(logits, wanted, "draft_parameters (with the head's input)")
             self.checked = True
+        weights = _weight(step, piece)
+        buffer = logits.detach()  # the same memory: the logits, and then their gradient
+        result = self.objective(
+            buffer[:count],
+            target,
+            positions=piece.positions,
+            data_tokens=data_tokens,
+            weights=weights,
+        )
+        self.loss += (result.loss * weights).sum()
+        self.sums_KN[piece.step] += _sums(result)
+        if not wanted:
+            return
+        buffer[count:].zero_()  # the copies that fill up learn nothing
         # Autocast is for forward passes; backward takes each operator's dtype from there.
         with torch.autocast(head_input.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, wanted)
+            gradients = torch.autograd.grad(logits, wanted, buffer)
         for sofar, gradient in zip(self.parameter_gradients, gradients, strict=False):
             sofar.add_(gradient)
         if piece.step in self.input_gradients:
@@ -244,8 +258,7 @@ def _weight(step: DraftStep, piece: Piece) -> float | Tensor:
     return weight if weight.dim() == 0 else weight[piece.pairs]
 
 
-def _sums(result: RowLosses, count: int) -> Tensor:
-    """Over the first rows: float64 ``[5]``."""
+def _sums(result: RowLosses) -> Tensor:
     columns = (
         result.loss.detach(),
         result.alpha,
@@ -253,7 +266,7 @@ def _sums(result: RowLosses, count: int) -> Tensor:
         result.agreement,
         result.in_vocabulary,
     )
-    return torch.stack([column[:count].sum(dtype=torch.float64) for column in columns])
+    return torch.stack([column.sum(dtype=torch.float64) for column in columns])
 
 
 def _check_inputs(

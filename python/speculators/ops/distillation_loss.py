@@ -3,8 +3,11 @@
 Everything is computed in log space and in float32 (float64 where an input is float64), whatever the
 dtype of the logits: bfloat16 has 8 bits, and a loss that ends training at 1e-3 needs more.
 
-This is the definition in torch's own operators. Each loss is one short function of two
-distributions; what several of them share is computed once for all.
+``row_losses_reference`` is the definition in torch's own operators: each loss is one short function
+of two distributions, and what several of them share is computed once for all. That is ten or more
+passes over ``[R, W]`` tensors, and as many again in backward. ``row_losses`` leaves the work to a
+compiled operator that reads each row once, where there is one for the device and the dtypes;
+``row_losses_and_gradient_`` is the same for callers that form gradients themselves.
 """
 
 import dataclasses
@@ -17,6 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from speculators.ops.row_loss_operator import (
+    RowLossInputs,
+    compiled_row_losses,
+    compiled_row_losses_,
+    serves,
+)
 from speculators.ops.target_distribution import (
     TargetDistribution,
     arithmetic_dtype,
@@ -129,7 +138,94 @@ def row_losses(
     """
     check_losses(losses, data_tokens, top_k)
     check_logits("draft_logits", draft_logits)
-    _check_shapes(draft_logits, target, data_tokens, weights)
+    _check_shapes(draft_logits, target, None, data_tokens, weights)
+    if serves(draft_logits, target, losses, top_k):
+        inputs = RowLossInputs(
+            target, losses, None, data_tokens, None, top_k, mask_out_of_vocabulary
+        )
+        result = RowLosses(*compiled_row_losses(draft_logits, inputs))
+    else:
+        result = row_losses_reference(
+            draft_logits, target, losses, data_tokens, top_k, mask_out_of_vocabulary
+        )
+    if weights is None:
+        return result
+    return dataclasses.replace(result, loss=result.loss * weights.detach().to(result.loss.dtype))
+
+
+def row_losses_and_gradient_(
+    draft_logits: Tensor,
+    target: TargetDistribution,
+    losses: Mapping[str, float],
+    *,
+    positions: Tensor | None = None,
+    data_tokens: Tensor | None = None,
+    weights: float | Tensor = 1.0,
+    top_k: int = 10,
+    mask_out_of_vocabulary: bool = True,
+) -> RowLosses:
+    """``row_losses``; in place of the logits, the gradient of ``sum_r weights[r] loss[r]``.
+
+    For a walk over many chunks that forms gradients itself: no graph, no second ``[R, W]`` tensor,
+    and no copy of the target's rows. The losses that it returns are *without* the weights.
+
+    Args:
+        draft_logits: ``[R, W]``, as in ``row_losses``; overwritten by the gradient with respect to
+            them, in their dtype. They may belong to a graph: what that has saved of them is then
+            invalid, which autograd notices (a matrix product saves nothing of its result).
+        target: of T rows and the same W tokens.
+        losses: as in ``row_losses``.
+        positions: int64 ``[R]``, which row of the target each row learns from, in any order,
+            repeats allowed; None where R = T and each row has its own.
+        data_tokens: int64 ``[R]``, as in ``row_losses``: of the rows, not of the target's.
+        weights: of the rows in the gradient: a number, ``[]`` or ``[R]``.
+        top_k: as in ``row_losses``.
+        mask_out_of_vocabulary: as in ``row_losses``.
+
+    Returns:
+        The same as ``row_losses``, all of it without gradient.
+
+    Raises:
+        ValueError: as ``row_losses``.
+        TypeError: as ``row_losses``, or ``positions`` are not int64.
+        IndexError: a position is out of range (on CPU).
+    """
+    check_losses(losses, data_tokens, top_k)
+    check_logits("draft_logits", draft_logits)
+    row_weights = _row_weights(draft_logits, weights)
+    _check_shapes(draft_logits, target, positions, data_tokens, row_weights)
+    contiguous_rows = draft_logits.stride(1) == 1 or draft_logits.shape[1] == 1
+    if contiguous_rows and serves(draft_logits, target, losses, top_k):
+        inputs = RowLossInputs(
+            target, losses, positions, data_tokens, row_weights, top_k, mask_out_of_vocabulary
+        )
+        return RowLosses(*compiled_row_losses_(draft_logits, inputs))
+    logits = draft_logits.detach().requires_grad_()
+    with torch.enable_grad():
+        result = row_losses_reference(
+            logits,
+            target if positions is None else target.select(positions),
+            losses,
+            data_tokens,
+            top_k,
+            mask_out_of_vocabulary,
+        )
+        weighted = (result.loss * row_weights.to(result.loss.dtype)).sum()
+    (gradient,) = torch.autograd.grad(weighted, logits)
+    with torch.no_grad():
+        draft_logits.copy_(gradient)
+    return dataclasses.replace(result, loss=result.loss.detach())
+
+
+def row_losses_reference(
+    draft_logits: Tensor,
+    target: TargetDistribution,
+    losses: Mapping[str, float],
+    data_tokens: Tensor | None = None,
+    top_k: int = 10,
+    mask_out_of_vocabulary: bool = True,
+) -> RowLosses:
+    """What ``row_losses`` computes, in torch's own operators, without checks and weights."""
     dtype = arithmetic_dtype(draft_logits, target.log_p)
     log_q = torch.log_softmax(draft_logits, -1, dtype=dtype)
     pair = _Pair(target, target.log_p.to(dtype), log_q, data_tokens, top_k)
@@ -139,10 +235,8 @@ def row_losses(
         loss = loss + factor * _LOSSES[name](pair)
     learnable = target.coverage > 0
     if mask_out_of_vocabulary:
-        learnable &= pair.best >= 0
+        learnable &= target.best >= 0
     loss = loss.masked_fill(~learnable, 0)
-    if weights is not None:
-        loss = loss * weights.detach().to(dtype)
     with torch.no_grad():
         guess = draft_logits.argmax(-1)
         full_p = pair.p * target.coverage.to(dtype)[:, None]
@@ -150,8 +244,8 @@ def row_losses(
             loss,
             alpha=torch.minimum(full_p, pair.q).sum(-1).clamp(max=1),
             greedy_acceptance=_take(full_p, guess),
-            agreement=target.to_verifier_ids(guess) == target.argmax,
-            in_vocabulary=pair.best >= 0,
+            agreement=guess == target.best,
+            in_vocabulary=target.best >= 0,
         )
 
 
@@ -194,20 +288,41 @@ def check_losses(losses: Mapping[str, float], data_tokens: Tensor | None, top_k:
 def _check_shapes(
     draft_logits: Tensor,
     target: TargetDistribution,
+    positions: Tensor | None,
     data_tokens: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    found, expected = list(draft_logits.shape), list(target.log_p.shape)
+    found, (targets, width) = list(draft_logits.shape), target.log_p.shape
+    expected = [targets if positions is None else found[0], width]
     if found != expected:
         raise ValueError(
             f"draft_logits has the shape {found}, expected {expected} as the target; a draft "
             "vocabulary of its own needs draft_to_verifier"
         )
-    if data_tokens is not None and data_tokens.dtype != torch.int64:
-        raise TypeError(f"data_tokens is {data_tokens.dtype}, expected torch.int64")
-    for name, tensor in (("data_tokens", data_tokens), ("weights", weights)):
+    for name, ids in (("data_tokens", data_tokens), ("positions", positions)):
+        if ids is not None and ids.dtype != torch.int64:
+            raise TypeError(f"{name} is {ids.dtype}, expected torch.int64")
+    columns = (("data_tokens", data_tokens), ("positions", positions), ("weights", weights))
+    for name, tensor in columns:
         if tensor is not None and list(tensor.shape) != found[:1]:
             raise ValueError(f"{name} has the shape {list(tensor.shape)}, expected {found[:1]}")
+    # On a CUDA device this would wait for it; there the kernel checks.
+    if positions is not None and positions.device.type == "cpu":
+        outside = ((positions < 0) | (positions >= targets)).nonzero()
+        if outside.numel():
+            row = int(outside[0])
+            raise IndexError(
+                f"positions[{row}] is {int(positions[row])}, expected 0 <= position < {targets}, "
+                "the target's rows"
+            )
+
+
+def _row_weights(draft_logits: Tensor, weights: float | Tensor) -> Tensor:
+    """The weights as float32 ``[R]``; a tensor of another shape than ``[]`` is left to a check."""
+    if not isinstance(weights, Tensor):
+        return draft_logits.new_full(draft_logits.shape[:1], weights, dtype=torch.float32)
+    weights = weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
+    return weights.expand(draft_logits.shape[0]) if weights.dim() == 0 else weights
 
 
 def _take(table: Tensor, ids: Tensor) -> Tensor:
@@ -238,11 +353,6 @@ class _Pair:
         return self.log_p.clamp(min=MIN_LOG_P)
 
     @cached_property
-    def best(self) -> Tensor:
-        """The draft's id of the verifier's most likely token, or -1."""
-        return self.target.to_draft_ids(self.target.argmax)
-
-    @cached_property
     def kl(self) -> Tensor:
         return (self.p * (self.bounded_log_p - self.log_q)).sum(-1)
 
@@ -260,8 +370,7 @@ def _jsd(pair: _Pair) -> Tensor:
 
 def _ce_argmax(pair: _Pair) -> Tensor:
     # Where the verifier's own choice is out of reach, the best of what is within.
-    choice = torch.where(pair.best >= 0, pair.best, pair.log_p.argmax(-1))
-    return -_take(pair.log_q, choice)
+    return -_take(pair.log_q, pair.target.likeliest)
 
 
 def _ce_data(pair: _Pair) -> Tensor:
@@ -281,8 +390,8 @@ def _lk_hybrid(pair: _Pair) -> Tensor:
 
 
 def _topk(pair: _Pair) -> Tensor:
-    best = pair.p.topk(min(pair.top_k, pair.p.shape[-1]), dim=-1)
-    return -(best.values * pair.log_q.gather(-1, best.indices)).sum(-1)
+    best = pair.target.top(pair.top_k)
+    return -(pair.p.gather(-1, best) * pair.log_q.gather(-1, best)).sum(-1)
 
 
 _LOSSES: Final[Mapping[str, Callable[[_Pair], Tensor]]] = {

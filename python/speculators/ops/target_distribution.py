@@ -10,6 +10,7 @@ a verifier's token that the draft cannot say is a rejection. The renormalised p 
 
 import dataclasses
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class TargetDistribution:
         argmax: int64 ``[R]``, the verifier's id of its most likely token (of V; the first of many).
         draft_to_verifier: int64 ``[W]``, or None where the vocabularies are one.
         verifier_to_draft: int64 ``[V]``, -1 outside of the draft's vocabulary; None likewise.
+        top_by_count: what ``top`` has found so far.
     """
 
     log_p: Tensor
@@ -33,6 +35,31 @@ class TargetDistribution:
     argmax: Tensor
     draft_to_verifier: Tensor | None = None
     verifier_to_draft: Tensor | None = None
+    top_by_count: dict[int, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+
+    @cached_property
+    def best(self) -> Tensor:
+        """The draft's id of the verifier's most likely token, or -1: int64 ``[R]``."""
+        return self.to_draft_ids(self.argmax)
+
+    @cached_property
+    def likeliest(self) -> Tensor:
+        """``best``; where that is -1, the draft's token with the largest p: int64 ``[R]``."""
+        if self.verifier_to_draft is None:
+            return self.best
+        return torch.where(self.best >= 0, self.best, self.log_p.argmax(-1))
+
+    def top(self, count: int) -> Tensor:
+        """The draft's ids of the most likely tokens, in no order: int64 ``[R, min(count, W)]``.
+
+        Looked for once, for all who learn from these rows. Which of several tokens with the same
+        p are the last to be taken is up to ``torch.topk``; who asks again gets the same.
+        """
+        if count not in self.top_by_count:
+            width = self.log_p.shape[1]
+            found = self.log_p.topk(min(count, width), dim=-1, sorted=False)
+            self.top_by_count[count] = found.indices
+        return self.top_by_count[count]
 
     def select(self, rows: Tensor) -> "TargetDistribution":
         """The distributions at some rows: int64 ``[rows]``, in any order, repeats allowed."""
@@ -41,6 +68,9 @@ class TargetDistribution:
             log_p=self.log_p.index_select(0, rows),
             coverage=self.coverage.index_select(0, rows),
             argmax=self.argmax.index_select(0, rows),
+            top_by_count={
+                count: top.index_select(0, rows) for count, top in self.top_by_count.items()
+            },
         )
 
     def to_draft_ids(self, verifier_ids: Tensor) -> Tensor:
@@ -71,7 +101,7 @@ def target_distribution(
     """
     check_logits("target_logits", target_logits)
     log_p = torch.log_softmax(target_logits, -1, dtype=arithmetic_dtype(target_logits))
-    argmax = target_logits.argmax(-1)
+    argmax = target_logits.max(-1).indices  # the first of many, as argmax, which is slower on a CPU
     if draft_to_verifier is None:
         return TargetDistribution(log_p, torch.ones_like(log_p[:, 0]), argmax)
     _check_selection(draft_to_verifier)

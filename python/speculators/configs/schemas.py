@@ -13,8 +13,9 @@ import pydantic
 from speculators.configs.speculators_config import SpeculatorsConfig
 from speculators.version import __version__
 
-# ``model_type`` of every speculator, by which transformers' AutoConfig finds the right class.
-MODEL_TYPE: Final = "speculator_model"
+# ``model_type`` of every speculator, by which transformers' AutoConfig finds the right class, and
+# vLLM its own.
+MODEL_TYPE: Final = "speculators"
 
 
 def _transformers_version() -> str:
@@ -47,7 +48,7 @@ class SpeculatorSchema(pydantic.BaseModel):
     """What every type has in common.
 
     Attributes:
-        model_type: ``"speculator_model"``; None in a file that lacks it, as the peer's do.
+        model_type: ``"speculators"``; None in a file that lacks it, as the peer's do.
         architectures: the draft's class name.
         speculators_model_type: which type this is.
         speculators_version: the version of this library, or of the one that wrote the file.
@@ -61,7 +62,7 @@ class SpeculatorSchema(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="allow", validate_assignment=True)
 
-    model_type: Literal["speculator_model"] | None = MODEL_TYPE
+    model_type: Literal["speculators"] | None = MODEL_TYPE
     architectures: list[str]
     speculators_model_type: str
     speculators_version: str = __version__

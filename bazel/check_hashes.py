@@ -1,7 +1,7 @@
-"""Checks what pip installed against the hashes of a lock file.
+"""Checks what pip installed against the hashes of lock files.
 
-    check_hashes.py --constraints LOCK   print the lock as pip constraints, without hashes
-    check_hashes.py LOCK REPORT          compare pip's installation report with the lock
+    check_hashes.py --constraints LOCK...   print the locks as pip constraints, without hashes
+    check_hashes.py LOCK... REPORT          compare pip's installation report with the locks
 
 pip's own hash mode is all or nothing: it refuses a torch that a machine takes from a local folder
 (another file than the index's), and the CUDA packages that such a torch does or does not bring. So
@@ -34,15 +34,27 @@ def normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def constraints(text: str) -> str:
-    """The lock without hashes and comments: what ``pip install -c`` takes."""
-    entries = text.replace("\\\n", " ").splitlines()
-    kept = (re.sub(r"\s+--hash=\S+", "", entry).rstrip() for entry in entries)
-    return "".join(f"{entry}\n" for entry in kept if entry and not entry.lstrip().startswith("#"))
+def constraints(*locks: str) -> str:
+    """The locks without hashes and comments: what ``pip install -c`` takes.
+
+    Where several locks name a package, the first of them decides.
+    """
+    kept: dict[str, tuple[int, list[str]]] = {}
+    for number, text in enumerate(locks):
+        for entry in text.replace("\\\n", " ").splitlines():
+            requirement = re.match(r"[A-Za-z0-9][\w.-]*", entry)
+            if requirement:
+                deciding, lines = kept.setdefault(normalise(requirement[0]), (number, []))
+                if deciding == number:
+                    lines.append(re.sub(r"\s+--hash=\S+", "", entry).rstrip())
+    return "".join(f"{line}\n" for _, lines in kept.values() for line in lines)
 
 
 def mismatches(lock: str, report: str) -> list[str]:
-    """One line for each installed file that came from an index and is not in the lock."""
+    """One line for each installed file that came from an index and is not in the lock.
+
+    ``lock`` may be several locks, one after the other.
+    """
     accepted = read_lock(lock)
     wrong = []
     for item in json.loads(report)["install"]:
@@ -59,10 +71,10 @@ def mismatches(lock: str, report: str) -> list[str]:
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
     if arguments[0] == "--constraints":
-        print(constraints(pathlib.Path(arguments[1]).read_text()), end="")
+        print(constraints(*(pathlib.Path(lock).read_text() for lock in arguments[1:])), end="")
         return 0
-    lock, report = (pathlib.Path(argument).read_text() for argument in arguments)
-    wrong = mismatches(lock, report)
+    *locks, report = (pathlib.Path(argument).read_text() for argument in arguments)
+    wrong = mismatches("".join(locks), report)
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         print("Rewrite the lock if the index is right: ./bazelw run //:lock", file=sys.stderr)

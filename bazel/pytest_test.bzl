@@ -2,7 +2,7 @@
 
 load("@rules_python//python:py_test.bzl", "py_test")
 
-def pytest_test(name, srcs, deps = [], args = [], **kwargs):
+def pytest_test(name, srcs, deps = [], args = [], packages = "@pypi", **kwargs):
     """A test target whose `srcs` pytest collects.
 
     Args:
@@ -10,6 +10,7 @@ def pytest_test(name, srcs, deps = [], args = [], **kwargs):
         srcs: files of tests.
         deps: Python libraries.
         args: further words for pytest.
+        packages: the repository that pytest is taken from. `deps` must be from the same one.
         **kwargs: the rest of py_test's attributes.
     """
     py_test(
@@ -17,6 +18,6 @@ def pytest_test(name, srcs, deps = [], args = [], **kwargs):
         srcs = srcs + ["//bazel:pytest_main.py"],
         main = "//bazel:pytest_main.py",
         args = args + ["$(rootpath {})".format(src) for src in srcs],
-        deps = deps + ["@pypi//pytest"],
+        deps = deps + [packages + "//pytest"],
         **kwargs
     )

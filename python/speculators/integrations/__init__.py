@@ -1,0 +1,1 @@
+"""Other programs that run our drafts, one package for each."""

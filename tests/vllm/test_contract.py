@@ -208,6 +208,47 @@ def test_sampling_with_a_draft_has_the_verifiers_distribution(world: World) -> N
     assert not chi_square(pairs[:, 1], p).rejected
 
 
+def test_acceptance_is_as_promised_under_vllms_own_defaults(world: World) -> None:
+    """bfloat16, prefix caching, chunked prefill, all requests at once; tau within 5 %.
+
+    In bfloat16 texts soon part, and other texts are accepted otherwise. So what counts is each
+    text's beginning that both decoders write.
+    """
+    verifier = Verifier.from_pretrained(world.root / "llama", dtype=torch.bfloat16)
+    draft = copy.deepcopy(world.drafts["eagle layernorms"]).to(torch.bfloat16)
+    ours = trained_drafts.decode(verifier, draft)
+    request = TraceRequest(
+        verifier=str(world.root / "llama"),
+        cases=[TraceCase(name="defaults", draft=str(world.root / "eagle layernorms"))],
+        prompts=trained_drafts.make_prompts() * 3,  # more tokens than one pass takes
+        max_new_tokens=NEW_TOKENS,
+        dtype="bfloat16",
+        engine_options={"enable_prefix_caching": True, "max_num_batched_tokens": 64},
+    )
+    [found] = trace(request).cases
+    assert found.error is None
+    expected, seen = [], []
+    for number, tokens in enumerate(found.token_ids):
+        same = ours.sequences[number % PROMPTS]
+        pairs = zip(same, tokens, strict=True)
+        common = next((n for n, (one, two) in enumerate(pairs) if one != two), NEW_TOKENS)
+        expected += _within(common, ours.traces[number % PROMPTS])
+        seen += _within(common, found.accepted[number])
+    assert min(len(expected), len(seen)) >= MIN_STEPS
+    assert 1 + sum(seen) / len(seen) == pytest.approx(1 + sum(expected) / len(expected), rel=0.05)
+
+
+def _within(tokens: int, accepted: list[int]) -> list[int]:
+    """The steps of a trace that write nothing behind the first so many tokens."""
+    place, steps = 1, []
+    for count in accepted:
+        place += count + 1
+        if place > tokens:
+            break
+        steps.append(count)
+    return steps
+
+
 def test_the_program_writes_what_was_asked_for(world: World, tmp_path: pathlib.Path) -> None:
     name = "hass"
     request = {

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from speculators.cli import commands
+from speculators.cli import commands, serving
 from speculators.version import __version__
 
 app = typer.Typer(
@@ -49,6 +49,8 @@ app.command(context_settings=commands.SETTINGS)(commands.prepare)
 app.command(context_settings=commands.SETTINGS)(commands.generate)
 app.command(context_settings=commands.SETTINGS)(commands.train)
 app.command(context_settings=commands.SETTINGS)(commands.evaluate)
+app.command(context_settings=serving.VLLM_FLAGS)(serving.serve)
+app.command(context_settings=serving.VLLM_FLAGS)(serving.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

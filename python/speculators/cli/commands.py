@@ -126,17 +126,34 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="The verifier's: float32, bfloat16, auto.")
     ] = None,
+    against_vllm: Annotated[
+        bool,
+        typer.Option("--against-vllm", help="Compare with what vLLM accepts, step by step."),
+    ] = False,
+    vllm_python: Annotated[
+        pathlib.Path | None,
+        typer.Option("--vllm-python", help="Python of the environment with vLLM, if not this one."),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="A running vLLM server with the draft.")
+    ] = None,
 ) -> None:
-    """Decode prompts with and without drafts: tokens per verification, speed, and equality."""
+    """Decode prompts with and without drafts: tokens per verification, speed, and equality.
+
+    With --against-vllm the same prompts go through vLLM, and what it accepts must be the same.
+    """
     with one_line_errors():
-        from speculators.cli.evaluation import evaluate_drafts
+        from speculators.cli.evaluation import compare_with_vllm, evaluate_drafts
 
         # Settings by their dotted names arrive among the drafts, which take all that is left.
         context.args.extend(word for word in drafts if word.startswith("--"))
         drafts = [word for word in drafts if not word.startswith("--")]
         words = {"evaluate.prompts": prompts, "evaluate.k": k, "verifier.dtype": dtype}
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)
-        evaluate_drafts(settings, drafts, output_dir)
+        if against_vllm or endpoint is not None:
+            compare_with_vllm(settings, drafts, output_dir, vllm_python, endpoint)
+        else:
+            evaluate_drafts(settings, drafts, output_dir)
 
 
 def _recipe(

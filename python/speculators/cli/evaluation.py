@@ -1,4 +1,4 @@
-"""``speculators evaluate``: drafts that lie anywhere, side by side on one file of prompts."""
+"""``speculators evaluate``: drafts that lie anywhere, side by side, or here and in vLLM."""
 
 import pathlib
 import sys
@@ -15,6 +15,8 @@ from speculators.configs.model_config import SpeculatorModelConfig
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport, table
+from speculators.integrations.vllm import contract
+from speculators.integrations.vllm.endpoint import Endpoint
 from speculators.models.hub import local_directory
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
@@ -28,30 +30,57 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
         drafts: folders or Hub names, or ``"ngram"``.
         output: where the report goes; by default the first draft's folder.
     """
-    settings = recipe.evaluate
-    if settings.prompts is None:
-        raise UsageError("there are no prompts; give a file with --prompts")
-    folders = {draft: local_directory(draft) for draft in drafts if draft != NGRAM}
-    verifier = _verifier_of(recipe, folders)
-    named = _names(drafts, folders)
-    drafters: dict[str, AnyDrafter] = {}
-    for name, draft in named.items():
-        drafters[name] = (
-            NGRAM
-            if draft == NGRAM
-            else SpeculatorModel.from_pretrained(
-                folders[draft], verifier=verifier, device=verifier.device
-            )
-        )
+    verifier, models, folders = _load(recipe, drafts)
+    drafters: dict[str, AnyDrafter] = {
+        name: models.get(draft, NGRAM) for name, draft in _names(drafts, folders).items()
+    }
     progress = ConsoleProgress()
-    prompts = read_prompts(settings.prompts, verifier.tokenizer, limit=settings.limit)
-    report = measure(verifier, drafters, prompts, recipe, progress)
+    report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
     progress.stop()
     Console().print(table(report))
     place = output or next(iter(folders.values()), None)
     if place is not None:
         report.write(place)
         typer.echo(f"{place}/report.md")
+
+
+def compare_with_vllm(
+    recipe: Recipe,
+    drafts: Sequence[str],
+    output: pathlib.Path | None,
+    python: pathlib.Path | None,
+    endpoint: str | None,
+) -> None:
+    """Decodes with drafts here and in vLLM, and prints whether the same is accepted.
+
+    Args:
+        recipe: verifier and evaluation settings; without a verifier, the first draft's.
+        drafts: folders or Hub names.
+        output: where the report goes; by default the first draft's folder.
+        python: of the environment with vLLM; None: this one.
+        endpoint: a running server instead.
+
+    Raises:
+        ContractError: vLLM could not be asked, or accepts something else.
+    """
+    if NGRAM in drafts:
+        raise UsageError("n-gram drafts are no directory that vLLM could read; leave ngram out")
+    verifier, models, folders = _load(recipe, drafts)
+    settings = recipe.evaluate
+    report = contract.check_contract(
+        verifier,
+        {name: (models[draft], folders[draft]) for name, draft in _names(drafts, folders).items()},
+        [prompt.ids.tolist() for prompt in _prompts(recipe, verifier)],
+        contract.run_engine(python or sys.executable) if endpoint is None else Endpoint(endpoint),
+        k=settings.k,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    Console().print(contract.table(report))
+    typer.echo(report.write(output or next(iter(folders.values()))))
+    if not report.agrees:
+        raise contract.ContractError(
+            "vLLM does not accept what our decoder accepts; the report lists where they part"
+        )
 
 
 def measure(
@@ -88,6 +117,26 @@ def load_verifier(settings: VerifierSettings, path: str) -> Verifier:
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def _load(
+    recipe: Recipe, drafts: Sequence[str]
+) -> tuple[Verifier, dict[str, SpeculatorModel], dict[str, pathlib.Path]]:
+    """The verifier, and for each draft but the n-gram drafter its model and its folder."""
+    folders = {draft: local_directory(draft) for draft in drafts if draft != NGRAM}
+    verifier = _verifier_of(recipe, folders)
+    models = {
+        draft: SpeculatorModel.from_pretrained(folder, verifier=verifier, device=verifier.device)
+        for draft, folder in folders.items()
+    }
+    return verifier, models, folders
+
+
+def _prompts(recipe: Recipe, verifier: Verifier) -> list[Prompt]:
+    settings = recipe.evaluate
+    if settings.prompts is None:
+        raise UsageError("there are no prompts; give a file with --prompts")
+    return read_prompts(settings.prompts, verifier.tokenizer, limit=settings.limit)
 
 
 def _verifier_of(recipe: Recipe, folders: Mapping[str, pathlib.Path]) -> Verifier:

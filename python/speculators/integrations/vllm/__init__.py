@@ -1,4 +1,4 @@
-"""vLLM: a plugin that teaches it our drafts, and traces of what it accepts.
+"""vLLM: a plugin that teaches it our drafts, what it accepts of them, and how fast it serves them.
 
 ====================  ==============================================================================
 ``plugin``            ``register``, the entry point of the group ``vllm.general_plugins``
@@ -11,6 +11,11 @@
 ``engine``            runs a verifier with and without drafts in vLLM, in this process
 ``trace``             the same as a program: ``python -m speculators.integrations.vllm.trace``
 ``comparison``        vLLM's trace beside that of our own decoder
+``contract``          the contract check: the same prompts here and in vLLM
+``endpoint``          a server that runs already, asked for traces
+``serve``             vLLM's command for a draft; ``serve_checks`` looks at its files first
+``server``            a server that is started, waited for and stopped
+``bench``             served speed with and without a draft; ``bench_*`` are its parts
 ====================  ==============================================================================
 
 Nothing here is imported before it is named, and vLLM not before something asks for it: vLLM runs
@@ -26,12 +31,22 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 
 _DEFINED_IN = {"register": "speculators.integrations.vllm.plugin"}
 _MODULES = (
+    "bench",
+    "bench_client",
+    "bench_model",
+    "bench_report",
+    "bench_run",
     "comparison",
+    "contract",
     "cpu_sampling",
     "eagle_model",
+    "endpoint",
     "engine",
     "internals",
     "plugin",
+    "serve",
+    "serve_checks",
+    "server",
     "speculator_types",
     "strict_weights",
     "trace",

@@ -230,7 +230,10 @@ def test_a_killed_job_ends_as_one_that_was_not(
     words += ["--training.epochs=12", "--skip-evaluation"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     # How sums are split over threads decides about their last bit.
-    here = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": f"{torch.get_num_threads()}"}
+    here = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": f"{torch.get_num_threads()}",
+    }
     for sign in ("data/hidden_states/*.safetensors", "training/checkpoint-*/trainer.json"):
         process = subprocess.Popen(
             [sys.executable, "-m", "speculators", *map(str, words), "--output-dir", killed],

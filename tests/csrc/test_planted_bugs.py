@@ -12,6 +12,7 @@ import pytest
 CSRC = pathlib.Path("csrc")
 GATHER = CSRC / "hidden_state_packing" / "gather_emulator_test"
 ROW_LOSSES = CSRC / "distillation_loss" / "row_losses_emulator_test"
+MERGE = CSRC / "draft_attention" / "merge_emulator_test"
 EMULATOR = CSRC / "common" / "cuda_emulator_test"
 
 # Program, suffix of the build, bug, what the failure says.
@@ -40,6 +41,25 @@ PLANTS = [
     (ROW_LOSSES, "_address", "reads_past_the_row", "AddressSanitizer"),
     (ROW_LOSSES, "_thread", "reads_the_total_too_early", "ThreadSanitizer: data race"),
     (ROW_LOSSES, "_thread", "writes_places_too_early", "ThreadSanitizer: data race"),
+    (MERGE, "", "forward_forgets_the_scale", "gave a wrong result"),
+    (MERGE, "", "forward_takes_the_query_heads_keys", "gave a wrong result"),
+    (MERGE, "", "forward_stops_after_one_unit", "gave a wrong result"),
+    (MERGE, "", "forward_ignores_row_stride", "gave a wrong result"),
+    (MERGE, "", "forgets_to_rescale", "gave a wrong result"),
+    (MERGE, "", "starts_from_nothing", "gave a wrong result"),
+    (MERGE, "", "forgets_the_logarithm", "gave a wrong result"),
+    (MERGE, "_address", "forward_reads_past_the_head", "AddressSanitizer"),
+    (MERGE, "_thread", "all_warps_take_the_same_unit", "ThreadSanitizer: data race"),
+    (MERGE, "", "backward_forgets_the_scale", "gave a wrong result"),
+    (MERGE, "", "backward_takes_the_query_heads_keys", "gave a wrong result"),
+    (MERGE, "", "backward_stops_after_one_unit", "gave a wrong result"),
+    (MERGE, "", "backward_ignores_row_stride", "gave a wrong result"),
+    (MERGE, "", "forgets_delta", "gave a wrong result"),
+    (MERGE, "", "overwrites_the_gradient", "gave a wrong result"),
+    (MERGE, "", "keeps_only_the_last_head", "gave a wrong result"),
+    (MERGE, "_address", "backward_reads_past_the_head", "AddressSanitizer"),
+    (MERGE, "_thread", "reads_factors_too_early", "ThreadSanitizer: data race"),
+    (MERGE, "_thread", "warps_share_factors", "ThreadSanitizer: data race"),
 ]
 
 

@@ -9,9 +9,11 @@ the folders between them::
     OUTPUT/training                                           checkpoints and logs
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -25,11 +27,15 @@ from speculators.cli.recipe import Recipe
 from speculators.data.generate import GenerateReport, generate
 from speculators.data.prepare import PreparedDataset, PrepareReport, prepare, token_counts
 from speculators.data.regenerate import RegenerateSettings
-from speculators.data.sources import TransformersSource, make_source
+from speculators.data.sources import HiddenStateSource, TransformersSource, make_source
 from speculators.data.store import HiddenStateStore
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport
+from speculators.integrations.vllm.hidden_states import VllmOptions, make_vllm_source
+from speculators.integrations.vllm.hidden_states_client import Patience
+from speculators.integrations.vllm.hidden_states_comparison import Tolerance
+from speculators.integrations.vllm.hidden_states_files import FilesSource
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 from speculators.models.vocabulary import VocabularyMapping
@@ -148,26 +154,23 @@ class Job:
         settings = self.recipe.generate
         spec, config = self.recipe.spec, self._config()
         layers = {*spec.capture_layers(config, self.verifier.num_layers), self.verifier.num_layers}
-        source = (
-            TransformersSource(self._generating_verifier(), layers)
-            if settings.source == "transformers"
-            else make_source(settings.source, self.verifier_path, layers)
-        )
         regenerate = None
         if settings.regenerate:
             regenerate = RegenerateSettings(
                 settings.temperature, settings.top_p, settings.max_new_tokens, self.recipe.seed
             )
-        report = generate(
-            PreparedDataset.open(self.folders.prepared),
-            self.folders.hidden_states,
-            source,
-            regenerate=regenerate,
-            store_dtype=settings.store_dtype,
-            batch_tokens=settings.batch_tokens,
-            overwrite=self._overwrite,
-            progress=self.progress,
-        )
+        prepared = PreparedDataset.open(self.folders.prepared)
+        with self._source(layers, int(prepared.lengths.max())) as source:
+            report = generate(
+                prepared,
+                self.folders.hidden_states,
+                source,
+                regenerate=regenerate,
+                store_dtype=settings.store_dtype,
+                batch_tokens=settings.batch_tokens,
+                overwrite=self._overwrite,
+                progress=self.progress,
+            )
         self.progress.message(
             f"hidden states of {report.documents} documents, {report.tokens} tokens, "
             f"{report.learnable} of them to learn"
@@ -220,6 +223,30 @@ class Job:
         report.write(self.folders.output)
         return report
 
+    @contextlib.contextmanager
+    def _source(self, layers: Iterable[int], longest: int) -> Iterator[HiddenStateSource]:
+        """What reads documents of at most ``longest`` tokens; it is closed at the end."""
+        settings = self.recipe.generate
+        if settings.source not in {"transformers", "vllm", "files"}:
+            yield make_source(settings.source, self.verifier_path, layers)
+            return
+        here = TransformersSource(self._generating_verifier(), layers)
+        if settings.source == "transformers":
+            yield here
+        elif settings.source == "files":
+            if settings.files is None:
+                raise UsageError("there are no files; give their folder with --generate.files")
+            yield FilesSource(settings.files, here, report=self.progress.message)
+        else:
+            with make_vllm_source(
+                self.verifier_path,
+                layers,
+                reference=here,
+                options=vllm_options(self.recipe, longest),
+                report=self.progress.message,
+            ) as source:
+                yield source
+
     def _generating_verifier(self) -> Verifier:
         """The verifier in the dtype that it generates in."""
         dtype = self.recipe.generate.dtype
@@ -266,6 +293,27 @@ class Job:
                 f"{vocabulary.coverage(counts):.2%} of what is to be learned"
             )
         return SpeculatorModel.from_config(config, self.verifier, vocabulary=vocabulary)
+
+
+def vllm_options(recipe: Recipe, longest: int) -> VllmOptions:
+    """For documents of at most ``longest`` tokens, and their answers."""
+    settings, verifier = recipe.generate, recipe.verifier
+    given = settings.vllm
+    flags = ["--trust-remote-code"] if verifier.trust_remote_code else []
+    if verifier.revision is not None:
+        flags.append(f"--revision={verifier.revision}")
+    return VllmOptions(
+        endpoint=given.endpoint,
+        python=given.python,
+        flags=[*flags, *given.flags],
+        eager=not settings.regenerate,
+        max_model_len=longest + (settings.max_new_tokens if settings.regenerate else 0) + 1,
+        max_requests=given.max_requests,
+        storage=given.storage,
+        start_timeout=given.start_timeout,
+        patience=Patience(attempts=given.attempts),
+        tolerance=Tolerance(given.cosine, given.max_difference),
+    )
 
 
 def publish(draft: SpeculatorModel, output: pathlib.Path) -> None:

@@ -65,11 +65,38 @@ class PrepareSettings(_Settings):
     template_arguments: dict[str, Any] = {}
 
 
+class VllmSettings(_Settings):
+    """How ``generate.source=vllm`` uses vLLM; see ``speculators.integrations.vllm.hidden_states``.
+
+    Attributes:
+        endpoint: a server that runs already; None starts one.
+        python: of the environment with vLLM, if it is not this one.
+        flags: further ones of ``vllm serve``, such as ``["--tensor-parallel-size=2"]``.
+        max_requests: in flight.
+        storage: the folder through which states come, best one in memory; None: a temporary one.
+        start_timeout: seconds until the server must answer.
+        attempts: of a request that fails in a way that may pass.
+        cosine: the first documents are compared with transformers; 95 % of their tokens must have a
+            cosine of so much.
+        max_difference: of two entries there, as a share of the stream's largest.
+    """
+
+    endpoint: str | None = None
+    python: str | None = None
+    flags: list[str] = []
+    max_requests: int = Field(default=32, ge=1)
+    storage: str | None = None
+    start_timeout: float = Field(default=900.0, gt=0)
+    attempts: int = Field(default=6, ge=1)
+    cosine: float = Field(default=0.999, le=1)
+    max_difference: float = Field(default=0.05, ge=0)
+
+
 class GenerateSettings(_Settings):
     """From token ids to hidden states; see ``speculators.data.generate``.
 
     Attributes:
-        source: the back end, by name.
+        source: the back end, by name: ``transformers``, ``vllm``, or ``files``.
         dtype: of the verifier's weights while it writes answers and states; None: as
             ``verifier.dtype`` says. Served verifiers mostly run in bfloat16.
         regenerate: lets the verifier write the answers; drafts are judged by what it says.
@@ -78,6 +105,8 @@ class GenerateSettings(_Settings):
         max_new_tokens: of an answer.
         store_dtype: of the stored states.
         batch_tokens: tokens computed at once.
+        files: for ``files``: the folder with ``hs_0.safetensors`` and so on.
+        vllm: for ``vllm``: how it is used.
     """
 
     source: str = "transformers"
@@ -88,6 +117,8 @@ class GenerateSettings(_Settings):
     max_new_tokens: int = Field(default=512, ge=1)
     store_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     batch_tokens: int = Field(default=16384, ge=1)
+    files: str | None = None
+    vllm: VllmSettings = VllmSettings()
 
 
 class EvaluateSettings(_Settings):

@@ -13,11 +13,11 @@ attention is registered under a name, and here that is a ``DraftAttention``, one
 import abc
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from speculators.ops.draft_attention import draft_attention_reference
+from speculators.ops.draft_attention import draft_attention
+from speculators.ops.packed_rows import PackedRows
 
 # The name by which transformers' layers find us; a layer's configuration carries it.
 ATTENTION = "speculators_draft"
@@ -61,17 +61,16 @@ class TrainTimeTestAttention(DraftAttention):
     (EAGLE-3, section 3.2; HASS's context alignment is the same with other row numbers).
 
     Args:
-        document_ids: int64 ``[B, T]``; rows of different documents never see each other.
+        document_ids: int64 ``[B, T]``, negative for padding; rows of different documents never see
+            each other, those of one lie side by side.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
-        self._document_ids = document_ids
+        self._rows = PackedRows(document_ids)
         self._positions: list[Tensor] = []  # of each step
+        self._checked = 0  # steps whose positions were looked at
         self._keys: dict[int, list[Tensor]] = {}  # of each layer, one per step
         self._values: dict[int, list[Tensor]] = {}
-        rows = torch.arange(document_ids.shape[1], device=document_ids.device)
-        same = document_ids[:, :, None] == document_ids[:, None, :]
-        self._causal = (same & (rows[:, None] >= rows))[:, None]
 
     def begin(self, position_ids: Tensor) -> None:
         """Starts the next step."""
@@ -85,25 +84,44 @@ class TrainTimeTestAttention(DraftAttention):
         Args:
             rows: int64 ``[B, R]``, which of the T rows; repeats are allowed.
         """
-        width = self._causal.shape[-1]
-        self._causal = self._causal.gather(2, rows[:, None, :, None].expand(-1, -1, -1, width))
+        self._rows = self._rows.select(rows)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """See :class:`DraftAttention`."""
-        keys, values = self._keys.setdefault(layer, []), self._values.setdefault(layer, [])
-        keys.append(k)
-        values.append(v)
-        mask, diagonals = self._causal, None
+        """See :class:`DraftAttention`; the output has the dtype of ``v``.
+
+        Raises:
+            ValueError: there is a window, and positions do not rise by 1 from row to row of a
+                document and from step to step.
+        """
         if window is not None:
-            oldest = self._positions[-1] - window
-            mask = mask & (self._positions[0][:, None, None, :] > oldest[:, None, :, None])
-            later = [position > oldest for position in self._positions[1:]]
-            diagonals = torch.stack(later, -1) if later else None
-        return draft_attention_reference(
-            q, keys[0], values[0], keys[1:], values[1:], mask, diagonals, scale
-        ).transpose(1, 2)
+            self._check_positions()
+        keys, values = self._keys.setdefault(layer, []), self._values.setdefault(layer, [])
+        # Under autocast the rotary embedding leaves queries and keys in float32. Once per key:
+        # every later step sees it again.
+        keys.append(k.to(v.dtype))
+        values.append(v)
+        return draft_attention(q.to(v.dtype), keys, values, self._rows, scale, window)
+
+    def _check_positions(self) -> None:
+        """A window is counted in rows, which is right if positions rise as rows do."""
+        for step in range(self._checked, len(self._positions)):
+            positions, first = self._positions[step], self._positions[0]
+            documents, selected = self._rows.document_ids, self._rows.selected
+            if step == 0:
+                inside = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+                wrong = inside & (first.diff(dim=1) != 1)
+            else:
+                if selected is not None:
+                    documents, first = documents.gather(1, selected), first.gather(1, selected)
+                wrong = (documents >= 0) & (positions != first + step)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"the position ids of step {step} do not rise by 1 from row to row of a "
+                    "document and from step to step, as a sliding window needs"
+                )
+        self._checked = len(self._positions)
 
 
 def _attend(

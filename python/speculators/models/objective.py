@@ -218,7 +218,7 @@ class StepwiseObjective:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some rows of a batch, R for each of B; where there are fewer, copies fill them up.
+    """Some rows of a batch, R for each of B; where there are fewer, others fill them up.
 
     Attributes:
         places: int64 ``[B, R]``, which of the T rows.
@@ -242,7 +242,7 @@ class _Rows:
         """The rows that learn at one of the steps, in their order."""
         learning = torch.stack([learnable(batch, step) for step in steps]).any(0)
         count = max(1, int(learning.sum(1).max()))
-        # A few more copies: for each new number of rows, matrix products are prepared anew.
+        # A few others more: for each new number of rows, matrix products are prepared anew.
         count = min(count + -count % ROW_MULTIPLE, learning.shape[1])
         order = learning.int().argsort(dim=1, descending=True, stable=True)[:, :count]
         return cls(order, learning.gather(1, order), learning.shape[1])

@@ -13,6 +13,7 @@
 ``comparison``        vLLM's trace beside that of our own decoder
 ``contract``          the contract check: the same prompts here and in vLLM
 ``endpoint``          a server that runs already, asked for traces
+``hidden_states``     a source of hidden states: a server with our ``connector``, or files of others
 ``serve``             vLLM's command for a draft; ``serve_checks`` looks at its files first
 ``server``            a server that is started, waited for and stopped
 ``bench``             served speed with and without a draft; ``bench_*`` are its parts
@@ -37,11 +38,16 @@ _MODULES = (
     "bench_report",
     "bench_run",
     "comparison",
+    "connector",
     "contract",
     "cpu_sampling",
     "eagle_model",
     "endpoint",
     "engine",
+    "hidden_states",
+    "hidden_states_client",
+    "hidden_states_comparison",
+    "hidden_states_files",
     "internals",
     "plugin",
     "serve",

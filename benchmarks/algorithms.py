@@ -44,9 +44,7 @@ def main(
 ) -> None:
     """Trains, measures and prints."""
     names = variants.split(",")
-    drafts = [
-        _train(name, seed, updates, output_dir) for seed in range(seeds) for name in names
-    ]
+    drafts = [_train(name, seed, updates, output_dir) for seed in range(seeds) for name in names]
     report = output_dir / "report"
     if not (report / "report.json").exists():
         _run(

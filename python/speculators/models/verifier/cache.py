@@ -110,13 +110,13 @@ def crop(state: VerifierState, lengths: int | Tensor) -> None:
     sources = sources.clamp(min=0)  # padding takes anything
     for layer in cast("list[DynamicLayer]", state.cache.layers):
         if layer.keys is not None and layer.values is not None:
-            layer.keys = _gather(layer.keys, sources)
-            layer.values = _gather(layer.values, sources)
+            layer.keys = take_slots(layer.keys, sources)
+            layer.values = take_slots(layer.values, sources)
     state.lengths = keep
     state.padded = bool((keep < slots).any())
 
 
-def _gather(cached: Tensor, sources: Tensor) -> Tensor:
+def take_slots(cached: Tensor, sources: Tensor) -> Tensor:
     """``[B, N, S, D]`` and the slots ``[B, R]`` that each row keeps, to ``[B, N, R, D]``."""
     index = sources.to(cached.device)[:, None, :, None]
     return cached.gather(2, index.expand(-1, cached.shape[1], -1, cached.shape[3]))

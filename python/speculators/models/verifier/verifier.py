@@ -10,7 +10,7 @@ verifier is asked for four tokens, and its own logits must be those of the ``Ver
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -33,6 +33,7 @@ from speculators.models.verifier.architecture import (
 from speculators.models.verifier.cache import VerifierState
 from speculators.models.verifier.capture import residual_streams
 from speculators.models.verifier.head import VerifierHead
+from speculators.models.verifier.tree import TokenTree, keep_path, tree_masks
 
 LogitRows = Literal["last", "all", "none"]
 
@@ -82,7 +83,9 @@ class Verifier:
         self.head = VerifierHead.from_model(model)
         self._tokenizer = tokenizer
         self._load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
-        self._packs: bool | None = None  # not known before a packed batch comes
+        # Not known before a packed batch, or a tree, comes.
+        self._packs: bool | None = None
+        self._takes_trees: bool | None = None
         self._check_logits()
 
     @classmethod
@@ -265,6 +268,7 @@ class Verifier:
         input_ids: Tensor,
         state: VerifierState,
         *,
+        tree: TokenTree | None = None,
         capture: Iterable[int] = (),
         logits: LogitRows = "all",
     ) -> VerifierOutput:
@@ -272,7 +276,9 @@ class Verifier:
 
         Args:
             input_ids: int64 ``[B, k]``, k >= 1, no padding.
-            state: of ``prefill`` or of the step before; changed in place.
+            state: of ``prefill`` or of the step before; changed in place. After a tree only
+                ``keep_path`` may follow.
+            tree: how the k tokens hang together; None: each follows the one before it.
             capture: ids of the residual streams wanted.
             logits: for the ``"last"`` token of each row, for ``"all"``, or ``"none"``.
 
@@ -281,6 +287,7 @@ class Verifier:
 
         Raises:
             ValueError: shapes or ids are wrong.
+            UnsupportedVerifierError: there is a tree, and the model does not keep branches apart.
         """
         rows.check_token_ids(input_ids)
         input_ids = input_ids.to(self.device)
@@ -289,12 +296,39 @@ class Verifier:
                 f"got {input_ids.shape[0]} rows of tokens for a state of {len(state.lengths)} rows"
             )
         k = input_ids.shape[1]
-        positions = state.lengths[:, None] + torch.arange(k, device=state.lengths.device)
-        output = self._forward(
-            input_ids, positions, state.attention_mask(k), state, capture, logits
-        )
+        mask: Tensor | dict[str, Tensor] | None
+        if tree is None:
+            positions = state.lengths[:, None] + torch.arange(k, device=state.lengths.device)
+            mask = state.attention_mask(k)
+        else:
+            if tree.depths.shape != input_ids.shape or tree.sees.shape != (*input_ids.shape, k):
+                raise ValueError(
+                    f"got a tree with depths {list(tree.depths.shape)} and mask "
+                    f"{list(tree.sees.shape)} for tokens {list(input_ids.shape)}; expected "
+                    f"{list(input_ids.shape)} and {[*input_ids.shape, k]}"
+                )
+            self.check_trees()
+            positions = state.lengths[:, None] + tree.depths
+            mask = tree_masks(self.config, state, tree, self.model.dtype)
+        output = self._forward(input_ids, positions, mask, state, capture, logits)
         state.lengths = state.lengths + k
         return output
+
+    def keep_path(
+        self, state: VerifierState, nodes: int, path: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Keeps a path of the tree that was read last, in place, and forgets its other nodes.
+
+        Args:
+            state: after the ``step`` with the tree.
+            nodes: how many tokens that step had.
+            path: int64 ``[B, R]``, the nodes to keep in each row, from the root on.
+            counts: how many of them are real, the first ones, at least 1.
+
+        Raises:
+            ValueError: the shapes do not fit, or a count is out of its range.
+        """
+        keep_path(state, nodes, path, counts)
 
     def crop(self, state: VerifierState, lengths: int | Tensor) -> None:
         """Takes back the last tokens of each row, in place, such as rejected ones.
@@ -315,7 +349,7 @@ class Verifier:
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
         state: VerifierState | None,
         capture: Iterable[int],
         logits: LogitRows,
@@ -371,6 +405,44 @@ class Verifier:
         second = output.captured[n][:, 3:].float()
         bound = _tolerance(output.captured[n]) * float(second.abs().max())
         return bool(((second[0] - second[1]).abs() <= bound).all())
+
+    @torch.no_grad()
+    def check_trees(self) -> None:
+        """Asks the decoder, once, whether the branches of a tree do not see each other.
+
+        Raises:
+            UnsupportedVerifierError: they do, or some layer cannot be told which tokens to see.
+        """
+        if self._takes_trees is None:
+            self._takes_trees = True  # for the pass below
+            self._takes_trees = self._branches_are_separate()
+        if not self._takes_trees:
+            raise UnsupportedVerifierError(
+                f"{type(self._parts.decoder).__name__} with {self.config._attn_implementation} "
+                "attention does not keep the branches of a tree apart in this version of "
+                "transformers; draft chains instead, or load it with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+
+    def _branches_are_separate(self) -> bool:
+        # A root with two children, the first of which has a child; and both branches as chains.
+        input_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=self.device) % self.vocab_size
+        sees = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]])
+        tree = TokenTree(
+            torch.tensor([[0, 1, 1, 2]], device=self.device), sees.bool().to(self.device)
+        )
+
+        def last(order: list[int], tree: TokenTree | None) -> Tensor:
+            state = self.prefill(input_ids[:, :2]).state
+            assert state is not None  # noqa: S101 - for the type checker
+            output = self.step(input_ids[:, 2:][:, order], state, tree=tree)
+            assert output.logits is not None  # noqa: S101
+            return output.logits[0].float()
+
+        found = last([0, 1, 2, 3], tree)
+        expected = torch.stack([*last([0, 1, 3], None), last([0, 2], None)[1]])[[0, 1, 3, 2]]
+        bound = _tolerance(next(self.model.parameters())) * float(expected.abs().max())
+        return bool(((found - expected).abs() <= bound).all())
 
     @torch.no_grad()
     def _check_logits(self) -> None:

@@ -86,7 +86,7 @@ def test_attention_in_chunks_is_refused() -> None:
     assert state is not None
     verifier.check_trees()
     model.config.layer_types = ["chunked_attention"] * LAYERS
-    with pytest.raises(UnsupportedVerifierError, match="chunked_attention.*draft chains instead"):
+    with pytest.raises(UnsupportedVerifierError, match=r"chunked_attention.*draft chains instead"):
         verifier.step(verifier_models.tokens(1, 3), state, tree=tree_of([[-1, 0, 0]]))
 
 

@@ -1,4 +1,4 @@
-"""A tree of tokens in one pass of a verifier: who sees whom, and which slots the accepted path keeps.
+"""A tree of tokens in one pass of a verifier: who sees whom, and what of it the cache keeps.
 
 Every node sees the tokens before the tree, its ancestors and itself, at the position that it has on
 its own branch. So a node's logits are those that the branch would give as a chain, and one pass

@@ -418,10 +418,9 @@ class Verifier:
             self._takes_trees = self._branches_are_separate()
         if not self._takes_trees:
             raise UnsupportedVerifierError(
-                f"{type(self._parts.decoder).__name__} with {self.config._attn_implementation} "
-                "attention does not keep the branches of a tree apart in this version of "
-                "transformers; draft chains instead, or load it with "
-                "attn_implementation='sdpa' or 'eager'"
+                f"{type(self._parts.decoder).__name__} does not keep the branches of a tree apart "
+                "in this version of transformers or with this attention; draft chains instead, or "
+                "load it with attn_implementation='sdpa' or 'eager'"
             )
 
     def _branches_are_separate(self) -> bool:

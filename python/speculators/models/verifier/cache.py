@@ -52,6 +52,47 @@ class VerifierState:
         return slot >= slots - self.lengths[:, None]
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values with room for more, so that a step writes its own and copies no others.
+
+    ``keys`` and ``values`` are views of what is filled. Whoever replaces them (as transformers does
+    when it selects rows) makes the room void, and the next update makes new room.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._room: dict[str, Tensor] = {}  # [B, N, capacity, D]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``[B, N, R, D]``; returns all of them, ``[B, N, S + R, D]``."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._room.clear()
+        super().reset()
+
+    def _append(self, name: str, old: Tensor | None, new: Tensor) -> Tensor:
+        if old is None or old.numel() == 0:  # a prompt; it often is all there will be
+            return new
+        filled, needed = old.shape[2], old.shape[2] + new.shape[2]
+        room = self._room.get(name)
+        ours = room is not None and room.data_ptr() == old.data_ptr()
+        if room is None or not ours or room.shape[2] < needed:
+            room = old.new_empty(*old.shape[:2], needed + max(64, needed // 2), old.shape[3])
+            room[:, :, :filled] = old
+            self._room[name] = room
+        room[:, :, filled:needed] = new
+        return room[:, :, :needed]
+
+
 def new_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache for a model of this text configuration that can be cropped.
 
@@ -71,7 +112,7 @@ def new_cache(config: PreTrainedConfig) -> Cache:
                 f"layer {number} of model type {config.model_type!r} needs a cache of class "
                 f"{type(layer).__name__}; supported are full, sliding-window and chunked attention"
             )
-        cache.layers[number] = DynamicLayer()
+        cache.layers[number] = GrowingLayer()
     return cache
 
 

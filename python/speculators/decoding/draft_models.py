@@ -8,6 +8,7 @@ from speculators.decoding.chain import ChainDrafter
 from speculators.decoding.drafters import Drafter
 from speculators.decoding.sampling import GREEDY
 from speculators.decoding.settings import GenerationSettings
+from speculators.decoding.tree_drafter import TreeDrafter
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 
@@ -29,8 +30,10 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
         raise ValueError(
             f"the algorithm {draft.spec.name!r} drafts by {draft.spec.drafting!r}; expected 'chain'"
         )
-    drawn = settings.draft_sampling == "sample"
-    return ChainDrafter(draft, verifier, settings.sampling if drawn else GREEDY)
+    sampling = settings.sampling if settings.draft_sampling == "sample" else GREEDY
+    if settings.tree is not None:
+        return TreeDrafter(draft, verifier, settings.tree, sampling)
+    return ChainDrafter(draft, verifier, sampling)
 
 
 def num_draft_tokens(draft: Draft, settings: GenerationSettings) -> int:

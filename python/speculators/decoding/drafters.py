@@ -13,6 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from speculators.models.verifier.tree import TokenTree
+from speculators.ops.draft_tree import DraftTree
+from speculators.ops.tree_verification import SamplingMode
+
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
@@ -77,6 +81,45 @@ class Drafter(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch only, in this order; the others have ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeProposal:
+    """A drafted tree for each of B sequences.
+
+    Attributes:
+        tree: N nodes each, the root included; ids are the verifier's.
+        layout: what the verifier needs to read it.
+        mode: how siblings came about, which decides how they are verified when sampling.
+        probabilities: float32 ``[B, R, V]``: row i is what node i's children were drawn from; None
+            where they were not drawn.
+    """
+
+    tree: DraftTree
+    layout: TokenTree
+    mode: SamplingMode = SamplingMode.POINT_MASS
+    probabilities: Tensor | None = None
+
+
+class TreeDrafting(Drafter, Protocol):
+    """A drafter of trees. ``propose`` serves where there is no room for one.
+
+    Attributes:
+        tree_nodes: drafted nodes of a tree, at most.
+        tree_depth: of the deepest node, at most.
+    """
+
+    tree_nodes: int
+    tree_depth: int
+
+    def propose_tree(self, roots: Tensor, uniforms: Tensor | None) -> TreeProposal:
+        """Drafts the trees after the tokens known so far.
+
+        Args:
+            roots: int64 ``[B]``, the last token of each sequence.
+            uniforms: float64 ``[B, tree_nodes]`` in [0, 1), for children that are drawn; None
+                where the verifier is greedy.
+        """
 
 
 class NgramDrafter:

@@ -8,20 +8,23 @@ which sequences end.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
-from speculators.decoding.drafters import Proposal
+from speculators.decoding.drafters import Proposal, TreeDrafting, TreeProposal
 from speculators.decoding.sampling import RandomNumbers, draw
 from speculators.decoding.settings import GenerationSettings, Prompts, pad_prompts
 from speculators.decoding.stopping import FinishReason, Stopping
 from speculators.decoding.verification import Verdict, verify_greedy, verify_sampling
 from speculators.models.verifier.cache import VerifierState
 from speculators.models.verifier.verifier import Verifier
+from speculators.ops import tree_verification
 
 Generator = torch.Generator | Sequence[torch.Generator] | None
 
@@ -108,6 +111,9 @@ class _Generation:
         self._verifier = verifier
         self._drafter = drafter_for(draft, verifier, settings)
         self._count = num_draft_tokens(draft, settings)
+        # Of the trees that are drafted, 0 for chains.
+        self._nodes: int = getattr(self._drafter, "tree_nodes", 0)
+        self._depth: int = getattr(self._drafter, "tree_depth", 0)
         self._capture = self._drafter.capture if self._drafter else ()
         self._prompts, self._mask = pad_prompts(prompts, attention_mask)
         batch = len(self._prompts)
@@ -166,7 +172,11 @@ class _Generation:
 
     def _step(self) -> list[list[int]]:
         greedy = self._settings.sampling.greedy
-        uniforms = None if greedy else self._random.uniforms(2 * self._count + 1, self._rows)
+        # As many in every step, so that a sequence's numbers do not depend on the other sequences.
+        numbers = 2 * max(self._count, self._nodes) + 1
+        uniforms = None if greedy else self._random.uniforms(numbers, self._rows)
+        if self._nodes and self._room() >= self._depth:
+            return self._tree_step(uniforms)
         proposal = self._propose(uniforms)
         width = 0 if proposal is None else proposal.tokens.shape[1]
         read = self._last if proposal is None else torch.cat([self._last, proposal.tokens], 1)
@@ -193,11 +203,47 @@ class _Generation:
             self._update_drafter(tokens, counts, output.captured, index)
         return emitted
 
+    def _tree_step(self, uniforms: Tensor | None) -> list[list[int]]:
+        proposal = cast("TreeDrafting", self._drafter).propose_tree(
+            self._last[:, 0], None if uniforms is None else uniforms[:, : self._nodes]
+        )
+        tree = proposal.tree
+        nodes = tree.tokens.shape[1]
+        output = self._verifier.step(
+            tree.tokens, self._state, tree=proposal.layout, capture=self._capture
+        )
+        assert output.logits is not None  # noqa: S101 - for the type checker
+        verdict = self._verify_tree(output.logits, proposal, uniforms)
+        tokens = verdict.emitted(tree)
+        depths = proposal.layout.depths.masked_fill(tree.parents < 0, 0).amax(1)
+        numbers = torch.cat([depths[:, None], verdict.accepted[:, None], tokens], 1).tolist()
+        new = [row[2 : row[1] + 3] for row in numbers]
+        self._record(new, 0, [row[0] for row in numbers])
+        emitted, kept = self._emit(new)
+        if kept:
+            counts = [len(new[row]) for row in kept]
+            index = self._keep(kept)
+            self._cached = [n + count for n, count in zip(self._cached, counts, strict=True)]
+            # What stays in the cache: the root, and the accepted nodes.
+            path = torch.nn.functional.pad(verdict.path, (1, 0))[:, : max(counts)].clamp(min=0)
+            self._verifier.keep_path(self._state, nodes, _rows_of(path, index), counts)
+            self._last = _rows_of(verdict.next_tokens[:, None], index)
+            streams = {
+                k: stream.gather(1, path[..., None].expand(-1, -1, stream.shape[2]))
+                for k, stream in output.captured.items()
+            }
+            self._update_drafter(tokens.clamp(min=0), counts, streams, index)
+        return emitted
+
+    def _room(self) -> int:
+        """How many tokens may be drafted with positions for them and for the one after them."""
+        if self._max_length is None:
+            return sys.maxsize
+        return self._max_length - 2 - max(self._cached)
+
     def _propose(self, uniforms: Tensor | None) -> Proposal | None:
         """A draft that neither goes beyond the verifier's positions nor predicts beyond them."""
-        count = self._count
-        if self._max_length is not None:
-            count = min(count, self._max_length - 2 - max(self._cached))
+        count = min(self._count, self._room())
         if self._drafter is None or count < 1:
             return None
         proposal = self._drafter.propose(count, None if uniforms is None else uniforms[:, :count])
@@ -221,6 +267,23 @@ class _Generation:
             proposal.probabilities,
             torch.cat([uniforms[:, self._count : end], uniforms[:, -1:]], 1),
             proposal.counts,
+        )
+
+    def _verify_tree(
+        self, logits: Tensor, proposal: TreeProposal, uniforms: Tensor | None
+    ) -> tree_verification.TreeVerdict:
+        if uniforms is None:
+            return tree_verification.verify_greedy(logits, proposal.tree)
+        sampling, end = self._settings.sampling, self._nodes + proposal.tree.tokens.shape[1]
+        return tree_verification.verify_sampling(
+            logits,
+            proposal.tree,
+            uniforms[:, self._nodes : end].contiguous(),
+            mode=proposal.mode,
+            draft_probabilities=proposal.probabilities,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
         )
 
     def _update_drafter(

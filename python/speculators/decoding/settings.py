@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speculators.decoding.sampling import GREEDY, Sampling
+from speculators.decoding.trees import Tree
 
 Prompts = Tensor | Sequence[Sequence[int]]
 
@@ -26,6 +27,7 @@ class GenerationSettings:
         sampling: greedy decoding, or temperature, top-k and top-p.
         num_draft_tokens: tokens drafted before each verification, at least 1; None: what the draft
             model's configuration says, 5 for other drafters.
+        tree: the shape of the trees that a draft model drafts; None: chains.
         draft_sampling: how a draft model chooses its tokens when the verifier samples: ``"sample"``
             draws them with the same settings, ``"greedy"`` takes the most likely ones. The output
             has the verifier's distribution either way. Drafters that are given ready-made do as
@@ -41,6 +43,7 @@ class GenerationSettings:
     max_length: int | None = None
     sampling: Sampling = GREEDY
     num_draft_tokens: int | None = None
+    tree: Tree | None = None
     draft_sampling: DraftSampling = "sample"
     eos_token_ids: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()

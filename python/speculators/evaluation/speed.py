@@ -10,12 +10,12 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from speculators.decoding.drafters import Drafter, Proposal
+from speculators.decoding.drafters import Drafter, Proposal, TreeDrafting, TreeProposal
 
 T = TypeVar("T")
 
@@ -91,12 +91,16 @@ class TimedDrafter:
     Right where calls return when their work is done, which on an accelerator they do not.
 
     Attributes:
-        capture: the drafter's.
+        capture: the drafter's, as are
+        tree_nodes and
+        tree_depth, 0 for chains.
         seconds: time spent in it since it was made.
     """
 
     def __init__(self, drafter: Drafter) -> None:
         self.capture: tuple[int, ...] = drafter.capture
+        self.tree_nodes: int = getattr(drafter, "tree_nodes", 0)
+        self.tree_depth: int = getattr(drafter, "tree_depth", 0)
         self.seconds = 0.0
         self._drafter = drafter
 
@@ -116,6 +120,13 @@ class TimedDrafter:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         begin = time.perf_counter()
         proposal = self._drafter.propose(count, uniforms)
+        self.seconds += time.perf_counter() - begin
+        return proposal
+
+    def propose_tree(self, roots: Tensor, uniforms: Tensor | None) -> TreeProposal:
+        """See :class:`~speculators.decoding.drafters.TreeDrafting`."""
+        begin = time.perf_counter()
+        proposal = cast("TreeDrafting", self._drafter).propose_tree(roots, uniforms)
         self.seconds += time.perf_counter() - begin
         return proposal
 

@@ -222,6 +222,30 @@ def test_a_stale_store_is_an_error_that_names_both_hashes(
     assert files(tmp_path / "old") == files(tmp_path / "new")
 
 
+def test_an_overwritten_store_stays_until_there_is_a_shard_of_the_new_one(
+    tmp_path: pathlib.Path,
+) -> None:
+    store = tmp_path / "store"
+    documents, other = random_documents(LENGTHS), Documents(random_documents(LENGTHS).rows, "other")
+    generate(documents, store, KnownSource(), **OPTIONS)
+    before = files(store)
+    lengths = HiddenStateStore.open(store).index.shards[0].lengths
+    for fail_at in range(len(lengths)):
+        source = KnownSource(fail_at=fail_at)
+        with pytest.raises(RuntimeError, match="the verifier failed"):
+            generate(other, store, source, overwrite=True, **OPTIONS)
+        assert files(store) == before
+    source = KnownSource(fail_at=len(lengths))
+    with pytest.raises(RuntimeError, match="the verifier failed"):
+        generate(other, store, source, overwrite=True, **OPTIONS)
+    assert list(files(store)) == ["index.json", "shard-00000.safetensors"]
+    # What was begun is gone on with, and the result is that of a run of its own.
+    report = generate(other, store, KnownSource(), overwrite=True, **OPTIONS)
+    assert report.reused_documents == len(lengths)
+    generate(other, tmp_path / "new", KnownSource(), **OPTIONS)
+    assert files(store) == files(tmp_path / "new")
+
+
 def test_a_changed_regeneration_is_another_content() -> None:
     settings = [
         RegenerateSettings(),

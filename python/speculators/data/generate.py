@@ -27,7 +27,6 @@ from speculators.data.store import (
     StoreWriter,
     bytes_per_token,
     read_index,
-    shard_name,
 )
 from speculators.data.workload import (
     ResponseWriter,
@@ -116,8 +115,8 @@ def generate(
         max_shard_tokens: tokens in a shard; by default what takes 256 MiB, or eight batches if that
             is less and responses are written.
         batch_tokens: tokens computed at once, padding included.
-        overwrite: replaces a store that was made from something else. One that fits is never
-            made again, with or without.
+        overwrite: replaces a store that was made from something else, once the source has given
+            the states of a whole shard. One that fits is never made again, with or without.
         progress: shows the progress; None for silence.
 
     Raises:
@@ -153,8 +152,6 @@ def generate(
         freed = _size(directory) if stale else 0
         at_most = "" if regenerate is None else "at most "
         progress.message(_say_what_it_takes(work, reused, row_bytes, directory, freed, at_most))
-        if stale:
-            _discard(directory)
         with full_disk(
             f"{directory} keeps its whole shards; free some space and run the same command again: "
             "it goes on after them"
@@ -163,7 +160,7 @@ def generate(
             if max_shard_tokens is None and work.regenerates:
                 # What a killed run loses is a shard, and responses take long to write.
                 shard_tokens = min(shard_tokens, _BATCHES_PER_SHARD * batch_tokens)
-            store = StoreWriter(directory, index)
+            store = StoreWriter(directory, index, replaces=stale)
             _run(work, source, store, reused, batch_tokens, shard_tokens, progress)
     shards = index.shards
     return GenerateReport(
@@ -327,13 +324,3 @@ def _shards(
 
 def _size(directory: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
-
-
-def _discard(directory: pathlib.Path) -> None:
-    """Removes a store, its index first, so that what is left is never taken for one."""
-    (directory / INDEX).unlink()
-    for number in itertools.count():
-        shard = directory / shard_name(number)
-        if not shard.exists():
-            break
-        shard.unlink()

@@ -12,6 +12,7 @@ pages that it lies on.
 
 import collections
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -265,16 +266,20 @@ class StoreWriter:
     Args:
         directory: the store's folder; leftovers of a writer that was killed are removed.
         index: a new index, or that of the store to continue.
+        replaces: whether the folder has another store. It stays whole until the first shard of the
+            new one is to be written, so that a verifier that cannot be read costs nothing.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], index: StoreIndex) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], index: StoreIndex, *, replaces: bool = False
+    ) -> None:
         self.directory = pathlib.Path(directory)
         self.index = index
         self._added: dict[str, list[Tensor]] = collections.defaultdict(list)
         self._documents: list[int] = []
-        for leftover in self.directory.glob(".shard-*"):
-            leftover.unlink()
-        self._write_index()
+        self._replaces = replaces
+        if not replaces:
+            self._begin()
 
     def add(
         self, number: int, input_ids: Tensor, loss_mask: Tensor, hidden_states: dict[int, Tensor]
@@ -319,6 +324,10 @@ class StoreWriter:
 
     def write_shard(self) -> None:
         """Writes what was added as one shard, then the index that names it."""
+        if self._replaces:
+            _remove_store(self.directory)
+            self._replaces = False
+            self._begin()
         masks = self._added["loss_mask"]
         lengths = [len(mask) for mask in masks]
         learnable = [int(mask.sum()) for mask in masks]
@@ -347,6 +356,21 @@ class StoreWriter:
         self.index.complete = True
         self._write_index()
 
+    def _begin(self) -> None:
+        for leftover in self.directory.glob(".shard-*"):
+            leftover.unlink()
+        self._write_index()
+
     def _write_index(self) -> None:
         with atomic_file(self.directory / INDEX, "w") as file:
             file.write(self.index.model_dump_json())
+
+
+def _remove_store(directory: pathlib.Path) -> None:
+    """Removes a store, its index first, so that what is left is never taken for one."""
+    (directory / INDEX).unlink()
+    for number in itertools.count():
+        shard = directory / shard_name(number)
+        if not shard.exists():
+            break
+        shard.unlink()

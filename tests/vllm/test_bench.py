@@ -10,14 +10,12 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from speculators.integrations.vllm import bench, bench_report
-from speculators.integrations.vllm.bench_client import (
-    Completion,
-    DraftCounters,
-    parse_counters,
-)
-from speculators.integrations.vllm.bench_model import recommend
-from speculators.integrations.vllm.bench_report import BenchReport
+from speculators.integrations.vllm.bench import measurement
+from speculators.integrations.vllm.bench import report as bench_report
+from speculators.integrations.vllm.bench.counters import DraftCounters, parse_counters
+from speculators.integrations.vllm.bench.load import Completion
+from speculators.integrations.vllm.bench.measurement import Measured, MeasuredDrafter
+from speculators.integrations.vllm.bench.report import BenchReport
 
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -56,49 +54,12 @@ def test_counters_since_and_together() -> None:
 
 
 def test_acceptance_of_counters() -> None:
-    found = bench.acceptance(DraftCounters(40, 120, 30, (20, 8, 2)))
+    found = measurement.acceptance(DraftCounters(40, 120, 30, (20, 8, 2)))
     assert found.tau == 1.75
     assert found.acceptance_by_position == [0.5, 0.2, 0.05]
-    nothing = bench.acceptance(DraftCounters(0, 0, 0, (0, 0)))
+    nothing = measurement.acceptance(DraftCounters(0, 0, 0, (0, 0)))
     assert nothing.tau is None
     assert nothing.acceptance_by_position == []
-
-
-# ---- how many tokens to draft
-
-
-def test_the_model_has_what_was_measured_at_its_ends() -> None:
-    length = recommend(100.0, 125.0, [0.8, 0.5, 0.2])
-    assert len(length.tokens_per_second) == 4
-    assert length.tokens_per_second[0] == pytest.approx(100.0)
-    assert length.tokens_per_second[-1] == pytest.approx(125.0)
-
-
-@pytest.mark.parametrize(
-    ("draft_seconds", "shares", "best"),
-    [
-        (0.0, [0.9, 0.1, 0.01], 3),  # drafting for nothing: as many as there are
-        (0.1, [0.9, 0.7, 0.05], 2),  # the third token costs more than it brings
-        (0.5, [0.9, 0.2, 0.1], 1),
-        (2.0, [0.9, 0.8, 0.7], 0),  # a draft that is slower than its verifier
-        (0.1, [0.0, 0.0, 0.0], 0),
-    ],
-)
-def test_the_recommended_number_of_tokens(
-    draft_seconds: float, shares: list[float], best: int
-) -> None:
-    step = 1.0 + 3 * draft_seconds
-    tokens = [1 + sum(shares[:k]) for k in range(4)]
-    rates = [tokens[k] / (1 + k * draft_seconds) for k in range(4)]
-    length = recommend(1.0, tokens[3] / step, shares)
-    assert length.tokens_per_second == pytest.approx(rates)
-    assert length.recommended == best == max(range(4), key=rates.__getitem__)
-
-
-@pytest.mark.parametrize("arguments", [(0.0, 1.0, [0.5]), (1.0, -1.0, [0.5]), (1.0, 1.0, [])])
-def test_a_model_of_nothing(arguments: Any) -> None:
-    with pytest.raises(ValueError, match="expected rates above 0"):
-        recommend(*arguments)
 
 
 # ---- two servers beside each other
@@ -108,12 +69,12 @@ def completion(tokens: Sequence[int], first: float, decode: float, at_once: int 
     return Completion(list(tokens), first, decode, at_once)
 
 
-DRAFTER = bench.Measured(
+DRAFTER = Measured(
     [completion([1, 2, 3, 4, 5], 0.1, 0.2), completion([6, 7, 8], 0.3, 0.1)],
     seconds=0.4,
     counters=DraftCounters(4, 8, 3, (2, 1)),
 )
-PLAIN = bench.Measured(
+PLAIN = Measured(
     [completion([1, 2, 3, 4, 5], 0.2, 0.8), completion([6, 7, 9], 0.2, 0.4)],
     seconds=1.6,
     counters=None,
@@ -121,44 +82,71 @@ PLAIN = bench.Measured(
 
 
 def test_a_level_compares_the_two() -> None:
-    [level] = bench.levels([2], [DRAFTER], [PLAIN])
+    [level] = measurement.levels([2], [MeasuredDrafter([DRAFTER], 2)], [PLAIN])
+    [drafter] = level.drafters
     assert level.plain is not None
-    assert level.drafter.tokens_per_second == pytest.approx(20.0)
+    assert drafter.k == 2
+    assert drafter.speed.tokens_per_second == pytest.approx(20.0)
     assert level.plain.tokens_per_second == pytest.approx(5.0)
-    assert level.speedup == pytest.approx(4.0)
-    assert level.identical == 1
-    assert level.drafter.first_token.median == pytest.approx(200.0)
-    assert level.drafter.inter_token is not None
-    assert level.drafter.inter_token.mean == pytest.approx(50.0)
-    assert level.acceptance is not None
-    assert level.acceptance.tau == 1.75
-    assert level.expected_tokens_per_second[0] == pytest.approx(5.0)
-    assert level.expected_tokens_per_second[-1] == pytest.approx(20.0)
-    assert level.recommended_k == 2
+    assert drafter.speedup == pytest.approx(4.0)
+    assert drafter.identical == 1
+    assert drafter.speed.first_token.median == pytest.approx(200.0)
+    assert drafter.speed.inter_token is not None
+    assert drafter.speed.inter_token.mean == pytest.approx(50.0)
+    assert drafter.acceptance is not None
+    assert drafter.acceptance.tau == 1.75
+    assert level.best_k == 2
 
 
 def test_without_the_other_server_nothing_is_compared() -> None:
-    [level] = bench.levels([2], [DRAFTER], None)
+    [level] = measurement.levels([2], [MeasuredDrafter([DRAFTER], 2)], None)
+    [drafter] = level.drafters
     assert level.plain is None
-    assert level.speedup is None
-    assert level.identical is None
-    assert level.recommended_k is None
-    assert level.expected_tokens_per_second == []
+    assert drafter.speedup is None
+    assert drafter.identical is None
+    assert level.best_k is None
+
+
+def at_rates(*rates: float) -> list[Measured]:
+    """A server at several concurrencies, at so many tokens per second."""
+    counters = DraftCounters(2, 2, 1, (1,))
+    return [Measured([completion([1, 2], 0.1, 0.1)], 2 / rate, counters) for rate in rates]
+
+
+def test_the_best_k_is_the_fastest_that_was_measured_at_each_concurrency() -> None:
+    drafters = [
+        MeasuredDrafter(at_rates(110, 130, 90, 100), 5),
+        MeasuredDrafter(at_rates(120, 90, 80, 100), 1),
+        MeasuredDrafter(at_rates(115, 120, 99, 90), 3),
+    ]
+    plain = at_rates(100, 100, 100, 90)
+    found = measurement.levels([1, 4, 16, 64], drafters, plain)
+    assert [level.best_k for level in found] == [1, 5, 0, 1]  # fewer tokens where two are equal
+    assert [[one.k for one in level.drafters] for level in found] == [[5, 1, 3]] * 4
+    drafters[1] = MeasuredDrafter(drafters[1].levels, None)
+    assert {level.best_k for level in measurement.levels([1, 4, 16, 64], drafters, plain)} == {None}
+
+
+def test_acceptance_of_all_concurrencies_together() -> None:
+    both = MeasuredDrafter([DRAFTER, *at_rates(10)], 2).acceptance
+    assert both is not None
+    assert (both.drafts, both.accepted_tokens) == (6, 4)
+    assert both.acceptance_by_position == [3 / 6, 1 / 6]
+    assert MeasuredDrafter([PLAIN], 2).acceptance is None
 
 
 def test_one_token_each_has_no_time_between_tokens() -> None:
-    one = bench.Measured([completion([1], 0.1, 0.0)], 0.1, DraftCounters(0, 0, 0, ()))
-    [level] = bench.levels([1], [one], [one])
-    assert level.drafter.inter_token is None
-    assert level.recommended_k is None
-    assert level.identical == 1
+    one = Measured([completion([1], 0.1, 0.0)], 0.1, DraftCounters(0, 0, 0, ()))
+    [level] = measurement.levels([1], [MeasuredDrafter([one], 3)], [one])
+    assert level.drafters[0].speed.inter_token is None
+    assert level.drafters[0].identical == 1
 
 
 # ---- the report
 
 
 def make_report(plain: bool = True) -> BenchReport:
-    found = bench.levels([4, 1], [DRAFTER] * 2, [PLAIN] * 2 if plain else None)
+    drafters = [MeasuredDrafter([DRAFTER] * 2, 2), MeasuredDrafter([PLAIN] * 2, 4)]
     return BenchReport(
         command=["speculators", "bench"],
         versions=bench_report.BenchVersions(
@@ -167,10 +155,10 @@ def make_report(plain: bool = True) -> BenchReport:
         draft="draft",
         verifier="some/[verifier]",
         settings=bench_report.BenchSettings(
-            k=2, prompts="p.jsonl", requests=2, max_new_tokens=5, server_flags=["--enforce-eager"]
+            prompts="p.jsonl", requests=2, max_new_tokens=5, server_flags=["--enforce-eager"]
         ),
-        levels=found,
-        acceptance=bench.total_acceptance([DRAFTER] * 2),
+        drafters=[bench_report.Drafter(k=one.k, acceptance=one.acceptance) for one in drafters],
+        levels=measurement.levels([4, 1], drafters, [PLAIN] * 2 if plain else None),
     )
 
 
@@ -180,14 +168,14 @@ def test_a_report_there_and_back(plain: bool, tmp_path: pathlib.Path) -> None:
     report.write(tmp_path / "new")
     assert BenchReport.read(tmp_path / "new") == report
     content = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert content["acceptance"]["drafts"] == 8
+    assert content["drafters"][0]["acceptance"]["drafts"] == 8
     assert (content["levels"][0]["plain"] is None) is not plain
     picture = image.imread(io.BytesIO((tmp_path / "new" / "bench.png").read_bytes()))
     assert picture.shape[:2] == (450, 1100)
     assert picture.std() > 0.05
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"levels": []}, {"surplus": 1}])
+@pytest.mark.parametrize("change", [{"format_version": 1}, {"levels": []}, {"surplus": 1}])
 def test_what_is_no_report(change: dict[str, Any], tmp_path: pathlib.Path) -> None:
     content = make_report().model_dump(mode="json")
     (tmp_path / "bench.json").write_text(json.dumps({**content, **change}))
@@ -201,6 +189,9 @@ def test_the_table() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "some/[verifier]" in text
-    assert "4 plain 5.0 1.00x 200.0 200.00 - - -" in rows
-    assert "1 draft 20.0 4.00x 200.0 50.00 1.75 1/2 2" in rows
-    assert "accepted up to each position, %: 50 25" in rows
+    assert "4 plain 5.0 1.00x 200.0 200.00 - -" in rows
+    assert "1 K 2 20.0 4.00x 200.0 50.00 1.75 1/2 best" in rows
+    assert "1 K 4 5.0 1.00x 200.0 200.00 - 2/2" in rows
+    assert text.count("best") == 2
+    assert "K 2: accepted up to each position, %: 50 25" in rows
+    assert "K 4: accepted up to each position, %: -" in rows

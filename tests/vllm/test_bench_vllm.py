@@ -1,24 +1,23 @@
 """``speculators serve`` and ``speculators bench`` with vLLM: real servers, real counters."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from speculators.integrations.vllm.bench_client import DraftCounters, Server
-from speculators.integrations.vllm.bench_report import BenchReport
-from speculators.integrations.vllm.server import free_port
+from speculators.integrations.vllm.bench.counters import DraftCounters, parse_counters
+from speculators.integrations.vllm.bench.load import complete
+from speculators.integrations.vllm.bench.report import BenchReport
+from speculators.integrations.vllm.serving.client import Client
+from speculators.integrations.vllm.serving.server import free_port
 from speculators.models import SpeculatorModel, find_algorithm
 from speculators.models.verifier import Verifier
 
@@ -84,6 +83,7 @@ def test_a_bench_of_servers_of_its_own(draft: pathlib.Path, tmp_path: pathlib.Pa
             "bench",
             str(draft),
             f"--prompts={PROMPTS}",
+            f"--k={K},1",
             "--concurrency=1,4",
             "--limit=6",
             "--max-new-tokens=16",
@@ -99,27 +99,29 @@ def test_a_bench_of_servers_of_its_own(draft: pathlib.Path, tmp_path: pathlib.Pa
     assert process.returncode == 0, process.stdout + process.stderr
     report = BenchReport.read(tmp_path)
     assert [level.concurrency for level in report.levels] == [1, 4]
-    assert report.settings.k == K
+    assert [drafter.k for drafter in report.drafters] == [K, 1]
     for level in report.levels:
         assert level.plain is not None
-        assert level.acceptance is not None
-        # In float32, greedily, a draft changes nothing.
-        assert level.identical == level.drafter.requests == level.plain.requests == 6
-        assert level.drafter.tokens == level.plain.tokens
-        assert level.drafter.first_token.median > 0
-        assert level.recommended_k in range(K + 1)
-        assert len(level.expected_tokens_per_second) == K + 1
-        found = level.acceptance
-        assert found.draft_tokens <= K * found.drafts
-        assert sum(found.acceptance_by_position) * found.drafts == pytest.approx(
-            found.accepted_tokens
-        )
-        # Each request's first token is the prompt's. What a verification emits behind the limit of
-        # tokens is counted as accepted, and is at most K tokens of a request.
-        emitted = found.drafts + found.accepted_tokens
-        assert 0 <= emitted - (level.drafter.tokens - 6) <= 6 * K
-    assert report.acceptance is not None
-    assert report.acceptance.accepted_tokens > 0
+        assert level.best_k in {0, 1, K}
+        for drafter, k in zip(level.drafters, (K, 1), strict=True):
+            found = drafter.acceptance
+            assert found is not None
+            # In float32, greedily, a draft changes nothing.
+            assert drafter.identical == drafter.speed.requests == level.plain.requests == 6
+            assert drafter.speed.tokens == level.plain.tokens
+            assert drafter.speed.first_token.median > 0
+            assert found.draft_tokens <= k * found.drafts
+            assert len(found.acceptance_by_position) == k
+            assert sum(found.acceptance_by_position) * found.drafts == pytest.approx(
+                found.accepted_tokens
+            )
+            # Each request's first token is the prompt's. What a verification emits behind the limit
+            # of tokens is counted as accepted, and is at most k tokens of a request.
+            emitted = found.drafts + found.accepted_tokens
+            assert 0 <= emitted - (drafter.speed.tokens - 6) <= 6 * k
+    for drafted in report.drafters:
+        assert drafted.acceptance is not None
+        assert drafted.acceptance.accepted_tokens > 0
     assert report.versions.vllm is not None
     assert (tmp_path / "bench.png").is_file()
     assert not list(tmp_path.glob("*.log"))
@@ -130,26 +132,20 @@ def test_a_draft_is_served(draft: pathlib.Path, tmp_path: pathlib.Path) -> None:
     flags = ["--host=127.0.0.1", f"--port={port}", "--per-request-spec-decode-metrics=detailed"]
     with running(command("serve", str(draft), "--k=3", *FLAGS, *flags), log) as process:
         _wait(process, port, log)
-        server = Server(f"http://127.0.0.1:{port}")
+        client = Client(f"http://127.0.0.1:{port}")
         prompt = [5, 17, 300, 44]
-        body = {
-            "model": server.model,
-            "prompt": prompt,
-            "max_tokens": 12,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+        said = client.complete(
+            {
+                "prompt": prompt,
+                "max_tokens": 12,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
         )
-        with _direct().open(request) as answer:
-            said = json.load(answer)
         tokens = said["choices"][0]["token_ids"]
         steps = said["metrics"]["speculative_decoding"]
-        counters = server.counters()
+        counters = parse_counters(client.text("/metrics"))
         verifier = Verifier.from_pretrained(VERIFIER, dtype=torch.float32)
         assert tokens == _greedy(verifier, prompt, 12)
         assert set(steps["per_step_drafted"]) == {3}
@@ -157,9 +153,9 @@ def test_a_draft_is_served(draft: pathlib.Path, tmp_path: pathlib.Path) -> None:
         assert counters.drafts == len(steps["per_step_accepted"])
         assert counters.accepted_tokens == sum(steps["per_step_accepted"])
         # A stream is the same, in pieces.
-        streamed = server.complete(prompt, 12, salt="other")
+        streamed = complete(client, prompt, 12, salt="other")
         assert streamed.token_ids == tokens[: len(streamed.token_ids)]
-        after = server.counters()
+        after = parse_counters(client.text("/metrics"))
         assert after is not None
         assert after.since(counters) != DraftCounters()
         process.terminate()  # the process itself is vLLM's by now
@@ -225,16 +221,12 @@ def _runs(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def _direct() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
 def _wait(process: "subprocess.Popen[bytes]", port: int, log: pathlib.Path) -> None:
     end = time.monotonic() + START_SECONDS
+    client = Client(f"http://127.0.0.1:{port}", timeout=2)
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            _direct().open(f"http://127.0.0.1:{port}/health", timeout=2)
+        if client.healthy():
             return
         time.sleep(0.5)
     raise AssertionError(log.read_text())

@@ -6,13 +6,13 @@ from tests.vllm import trained_drafts
 from tests.vllm.trained_drafts import CASES
 
 from speculators.decoding import AcceptanceCounts, GenerationOutput
-from speculators.integrations.vllm.comparison import (
+from speculators.integrations.vllm.contract.comparison import (
     TraceComparison,
     TraceDifference,
     compare_traces,
 )
-from speculators.integrations.vllm.strict_weights import StrictWeights, expected_shapes
-from speculators.integrations.vllm.trace_format import CaseResult
+from speculators.integrations.vllm.contract.trace_format import CaseResult
+from speculators.integrations.vllm.plugin.strict_weights import StrictWeights, expected_shapes
 from speculators.models import find_algorithm
 from speculators.models.checkpoint_files import CheckpointError
 from speculators.models.verifier import Verifier

@@ -22,10 +22,10 @@ from tests.vllm.trained_drafts import CASES, NEW_TOKENS, PROMPTS, VERIFIERS, K
 from vllm import SamplingParams
 
 from speculators.decoding import GenerationOutput, GenerationSettings, generate
-from speculators.integrations.vllm.comparison import compare_traces
-from speculators.integrations.vllm.engine import running_engine, trace
-from speculators.integrations.vllm.trace import main
-from speculators.integrations.vllm.trace_format import (
+from speculators.integrations.vllm.contract.comparison import compare_traces
+from speculators.integrations.vllm.contract.engine import running_engine, trace
+from speculators.integrations.vllm.contract.trace import main
+from speculators.integrations.vllm.contract.trace_format import (
     CaseResult,
     TraceCase,
     TraceRequest,

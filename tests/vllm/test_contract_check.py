@@ -3,28 +3,25 @@
 vLLM itself is not needed: what answers here are traces of our own decoder, true or falsified.
 """
 
-import contextlib
-import http.server
-import json
 import pathlib
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.vllm import trained_drafts
+from tests.vllm import fake_server, trained_drafts
+from tests.vllm.fake_server import Fake
 from tests.vllm.trained_drafts import NEW_TOKENS, K
 
 from speculators.decoding import GenerationOutput
-from speculators.integrations.vllm.contract import (
+from speculators.integrations.vllm.contract.check import (
     ContractError,
     ContractReport,
     check_contract,
     run_engine,
 )
-from speculators.integrations.vllm.endpoint import Endpoint
-from speculators.integrations.vllm.trace_format import (
+from speculators.integrations.vllm.contract.endpoint import Endpoint
+from speculators.integrations.vllm.contract.trace_format import (
     CaseResult,
     TraceCase,
     TraceRequest,
@@ -121,68 +118,29 @@ def test_an_environment_without_vllm_is_an_error(
         check(verifier, draft, run_engine(broken))
 
 
-@contextlib.contextmanager
-def server(answers: Callable[[str, Any], tuple[int, Any]]) -> Iterator[str]:
-    """A server on 127.0.0.1 that answers paths and bodies with a status and JSON."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(None)
-
-        def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: Any) -> None:
-            status, content = answers(self.path, body)
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments: object) -> None:
-            del arguments
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
-        thread.join()
-        running.server_close()
-
-
-def served(ours: GenerationOutput, detailed: bool) -> Callable[[str, Any], tuple[int, Any]]:
+def fake(ours: GenerationOutput, **changes: Any) -> Fake:
     """Answers as vLLM's server does, of our own decoder's traces."""
     prompts = trained_drafts.make_prompts()
 
-    def answers(path: str, body: Any) -> tuple[int, Any]:
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "the model"}]}
-        if path == "/version":
-            return 200, {"version": "1.2"}
-        assert path == "/v1/completions"
-        assert body["temperature"] == 0
-        assert body["ignore_eos"] is True
-        if body["model"] != "the model" or body["max_tokens"] != NEW_TOKENS:
-            return 400, {"error": "not as asked"}
-        number = prompts.index(body["prompt"])
-        metrics = {"speculative_decoding": {"per_step_accepted": ours.traces[number]}}
-        choice = {"token_ids": ours.sequences[number]}
-        return 200, {"choices": [choice], "metrics": metrics if detailed else None}
+    def trace(prompt: list[int]) -> tuple[list[int], list[int]]:
+        number = prompts.index(prompt)
+        return list(ours.sequences[number]), list(ours.traces[number])
 
-    return answers
+    return Fake(trace=trace, **changes)
 
 
 def test_a_server_answers_as_an_engine_does(
     verifier: Verifier, draft: SpeculatorModel, ours: GenerationOutput
 ) -> None:
-    with server(served(ours, detailed=True)) as url:
+    running = fake(ours)
+    with fake_server.running(running) as url:
         report = check(verifier, draft, Endpoint(url + "/v1/"))
     assert report.agrees
-    assert report.vllm_version == "1.2"
+    assert report.vllm_version == "9.9"
+    for request in running.requests:
+        assert request["temperature"] == 0
+        assert request["ignore_eos"] is True
+        assert request["max_tokens"] == NEW_TOKENS
     assert report.cases[0].steps == sum(map(len, ours.traces))
 
 
@@ -191,12 +149,13 @@ def test_a_server_that_says_too_little_is_an_error(ours: GenerationOutput) -> No
     request = TraceRequest(
         verifier="v", cases=[case], prompts=trained_drafts.make_prompts(), max_new_tokens=NEW_TOKENS
     )
-    with server(served(ours, detailed=False)) as url:
+    with fake_server.running(fake(ours, plan={"*": ["no metrics"] * 100})) as url:
         with pytest.raises(ContractError, match="--per-request-spec-decode-metrics detailed"):
             Endpoint(url)(request)
-        with pytest.raises(ContractError, match=r"answered 400: .*not as asked"):
-            Endpoint(url)(request.model_copy(update={"max_new_tokens": 1}))
         with pytest.raises(ContractError, match="2 were given; expected one"):
             Endpoint(url)(request.model_copy(update={"cases": [case, case]}))
-    with pytest.raises(ContractError, match="no answer from http://127"):
+    with fake_server.running(fake(ours, plan={"*": ["400"] * 100})) as url:
+        with pytest.raises(ContractError, match=r"refuses \(400\): not now"):
+            Endpoint(url)(request)
+    with pytest.raises(ContractError, match=r"127.* does not answer .*expected a running vLLM"):
         Endpoint(url)(request)

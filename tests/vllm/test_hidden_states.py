@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.vllm import fake_hidden_states_server as fake
+from tests.vllm import fake_server as fake
 from torch import Tensor
 
 from speculators.cli.job import vllm_options
@@ -23,31 +22,31 @@ from speculators.data.records import Tokens, read_records
 from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import make_source
 from speculators.data.store import HiddenStateStore
-from speculators.integrations.vllm import hidden_states, server
-from speculators.integrations.vllm.hidden_states import (
-    VllmOptions,
-    VllmSource,
-    make_vllm_source,
-    server_command,
-)
-from speculators.integrations.vllm.hidden_states_client import (
+from speculators.integrations.vllm.hidden_states import source as source_module
+from speculators.integrations.vllm.hidden_states.client import (
     HiddenStatesError,
     HiddenStatesServer,
     Patience,
 )
-from speculators.integrations.vllm.hidden_states_comparison import (
+from speculators.integrations.vllm.hidden_states.comparison import (
     DifferentStatesError,
     Tolerance,
     check_states,
     compare_states,
 )
-from speculators.integrations.vllm.hidden_states_files import (
+from speculators.integrations.vllm.hidden_states.files import (
     FilesSource,
-    read_vocabulary,
     write_rows,
 )
-from speculators.integrations.vllm.server import ServerError, running_server
-from speculators.models.vocabulary import VocabularyMapping
+from speculators.integrations.vllm.hidden_states.source import (
+    VllmOptions,
+    VllmSource,
+    make_vllm_source,
+    server_command,
+)
+from speculators.integrations.vllm.serving import server
+from speculators.integrations.vllm.serving.client import AnswerError
+from speculators.integrations.vllm.serving.server import ServerError, running_server
 
 LAYERS = (0, 2, 5)
 FAKE = pathlib.Path(fake.__file__)
@@ -232,7 +231,10 @@ def test_a_server_started_in_another_way_is_told_how(
     found = "gives no hidden states" if fault == "stock connector" else "'layer_ids': [1]"
     assert found in text
     assert '"eagle_aux_hidden_state_layer_ids": [0, 2, 5]' in text
-    assert '"kv_connector_module_path": "speculators.integrations.vllm.connector"' in text
+    assert (
+        '"kv_connector_module_path": "speculators.integrations.vllm.hidden_states.connector"'
+        in text
+    )
     assert "tried" not in text
 
 
@@ -286,6 +288,26 @@ def test_a_server_that_does_not_start_says_why(
         list(source().hidden_states(DOCUMENTS, 10))
 
 
+def test_a_server_that_does_not_start_leaves_the_old_store(
+    source: Callable[..., VllmSource], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    old = generate(Prepared(), store, source(), store_dtype="bfloat16")
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    other = Prepared()
+    other.content_hash = "prepared otherwise"
+    monkeypatch.setenv("FAKE_START", "fails")
+    with pytest.raises(ServerError, match="no memory left"):
+        generate(other, store, source(), store_dtype="bfloat16", overwrite=True)
+    monkeypatch.delenv("FAKE_START")
+    wrong = source({"*": ["off by one"] * 40})
+    with pytest.raises(DifferentStatesError):  # nor does one with another verifier
+        generate(other, store, wrong, store_dtype="bfloat16", overwrite=True)
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    new = generate(other, store, source(), store_dtype="bfloat16", overwrite=True)
+    assert HiddenStateStore.open(store).content_hash == new.content_hash != old.content_hash
+
+
 def test_a_complete_store_needs_no_server(
     source: Callable[..., VllmSource], python: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -320,7 +342,7 @@ def test_a_running_server_is_asked_and_left_alone(
 def test_the_first_documents_of_a_run_are_compared_once(
     source: Callable[..., VllmSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hidden_states, "_COMPARED_TOKENS", 20)
+    monkeypatch.setattr(source_module, "_COMPARED_TOKENS", 20)
     lines: list[str] = []
     made = source(report=lines.append)
     list(made.hidden_states(DOCUMENTS, 10))
@@ -380,7 +402,7 @@ def test_responses_come_in_order_with_seeds_of_their_own(
     made = source({total(DOCUMENTS[2]): ["503"]})
     found = made.write_responses(DOCUMENTS, settings, 1)
     assert [response.tolist() for response in found] == [
-        [(int(document.sum()) + n) % 97 for n in range(4)] for document in DOCUMENTS
+        fake.tokens(document.tolist(), 4) for document in DOCUMENTS
     ]
     requests = asked(tmp_path)
     assert all(request["temperature"] == 0.5 and request["top_p"] == 0.9 for request in requests)
@@ -403,12 +425,12 @@ def test_wrong_options_are_refused() -> None:
             VllmOptions(flags=flags)
     with pytest.raises(ValueError, match="max_requests is 0"):
         VllmOptions(max_requests=0)
-    with pytest.raises(HiddenStatesError, match="no server's address"):
+    with pytest.raises(AnswerError, match="no server's address"):
         HiddenStatesServer("localhost:8000", LAYERS, 8, "float32", command="")
 
 
 def test_the_source_is_found_by_its_name() -> None:
-    assert make_vllm_source is hidden_states.make_vllm_source
+    assert make_vllm_source is source_module.make_vllm_source
     with pytest.raises(TypeError, match="no_such_option"):
         make_source("vllm", "model", LAYERS, reference=None, no_such_option=1)
 
@@ -478,21 +500,6 @@ def test_rows_of_files_are_those_that_prepare_reads(tmp_path: pathlib.Path) -> N
     ]
     assert found[0] == ([50, 51], [False, True])
     assert found[1:] == [(ids.tolist(), [True] * len(ids)) for ids in DOCUMENTS[::-1]]
-
-
-def test_a_vocabulary_of_two_files(tmp_path: pathlib.Path) -> None:
-    mapping = VocabularyMapping.from_ids(torch.tensor([1, 4, 6]), 8)
-    np.save(tmp_path / "d2t.npy", mapping.d2t.numpy())
-    torch.save(mapping.t2d, tmp_path / "t2d.pt")
-    found = read_vocabulary(tmp_path / "d2t.npy", tmp_path / "t2d.pt")
-    assert torch.equal(found.d2t, mapping.d2t)
-    assert torch.equal(found.t2d, mapping.t2d)
-    torch.save({"t2d": mapping.t2d}, tmp_path / "t2d.pt")
-    with pytest.raises(ValueError, match="holds dict; expected one tensor"):
-        read_vocabulary(tmp_path / "d2t.npy", tmp_path / "t2d.pt")
-    np.save(tmp_path / "t2d.npy", mapping.t2d.roll(1).numpy())
-    with pytest.raises(ValueError, match="disagree"):
-        read_vocabulary(tmp_path / "d2t.npy", tmp_path / "t2d.npy")
 
 
 # ---- the main job

@@ -13,15 +13,15 @@ from speculators.data.generate import generate
 from speculators.data.regenerate import RegenerateSettings, write_responses
 from speculators.data.sources import TransformersSource
 from speculators.data.store import HiddenStateStore
-from speculators.integrations.vllm.hidden_states import (
-    VllmOptions,
-    VllmSource,
-    make_vllm_source,
-)
-from speculators.integrations.vllm.hidden_states_comparison import (
+from speculators.integrations.vllm.hidden_states.comparison import (
     DifferentStatesError,
     Tolerance,
     compare_states,
+)
+from speculators.integrations.vllm.hidden_states.source import (
+    VllmOptions,
+    VllmSource,
+    make_vllm_source,
 )
 from speculators.models.verifier import Verifier
 

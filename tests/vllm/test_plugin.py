@@ -19,7 +19,8 @@ from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 from vllm.utils import cpu_triton_utils
 
 from speculators.configs import errors
-from speculators.integrations.vllm import cpu_sampling, internals, plugin, speculator_types
+from speculators.integrations.vllm.plugin import cpu_sampling, internals, speculator_types
+from speculators.integrations.vllm.plugin import registration as plugin
 from speculators.models import SpeculatorModel, find_algorithm
 
 

@@ -18,8 +18,10 @@ from tests.vllm import trained_drafts
 from typer.testing import CliRunner
 
 from speculators.cli.app import app
-from speculators.integrations.vllm import internals, serve, serve_checks
-from speculators.integrations.vllm.serve_checks import UnfitDraftError, check_draft
+from speculators.integrations.vllm.plugin import internals
+from speculators.integrations.vllm.serving import checks as serve_checks
+from speculators.integrations.vllm.serving import command as serve
+from speculators.integrations.vllm.serving.checks import UnfitDraftError, check_draft
 from speculators.models import SpeculatorModel, VocabularyMapping, find_algorithm
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -461,7 +463,7 @@ def test_vllm_and_plugin_are_looked_for_and_not_imported(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = (
-        "import sys; from speculators.integrations.vllm import serve\n"
+        "import sys; from speculators.integrations.vllm.serving import command as serve\n"
         "print(serve.vllm_is_installed(), serve.plugin_is_installed(), serve.vllm_version())\n"
         "assert 'vllm' not in sys.modules"
     )

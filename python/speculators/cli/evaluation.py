@@ -15,8 +15,8 @@ from speculators.configs.model_config import SpeculatorModelConfig
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport, table
-from speculators.integrations.vllm import contract
-from speculators.integrations.vllm.endpoint import Endpoint
+from speculators.integrations.vllm.contract import check as contract
+from speculators.integrations.vllm.contract.endpoint import Endpoint
 from speculators.models.hub import local_directory
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier

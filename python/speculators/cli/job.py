@@ -32,10 +32,10 @@ from speculators.data.store import HiddenStateStore
 from speculators.evaluation.evaluate import NGRAM, AnyDrafter
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport
-from speculators.integrations.vllm.hidden_states import VllmOptions, make_vllm_source
-from speculators.integrations.vllm.hidden_states_client import Patience
-from speculators.integrations.vllm.hidden_states_comparison import Tolerance
-from speculators.integrations.vllm.hidden_states_files import FilesSource
+from speculators.integrations.vllm.hidden_states.client import Patience
+from speculators.integrations.vllm.hidden_states.comparison import Tolerance
+from speculators.integrations.vllm.hidden_states.files import FilesSource
+from speculators.integrations.vllm.hidden_states.source import VllmOptions, make_vllm_source
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 from speculators.models.vocabulary import VocabularyMapping

@@ -66,7 +66,7 @@ class PrepareSettings(_Settings):
 
 
 class VllmSettings(_Settings):
-    """How ``generate.source=vllm`` uses vLLM; see ``speculators.integrations.vllm.hidden_states``.
+    """How ``generate.source=vllm`` uses vLLM; see ``integrations.vllm.hidden_states``.
 
     Attributes:
         endpoint: a server that runs already; None starts one.

@@ -13,8 +13,8 @@ import typer
 from speculators.cli.failures import FAILURE, UsageError, one_line_errors
 
 if TYPE_CHECKING:
-    from speculators.integrations.vllm.serve_checks import ServedDraft
-    from speculators.integrations.vllm.server import ServerCommand
+    from speculators.integrations.vllm.serving.checks import ServedDraft
+    from speculators.integrations.vllm.serving.server import ServerCommand
 
 # Flags that we do not know, and their values, are vLLM's.
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -44,7 +44,7 @@ def serve(
     The draft's files are checked first. What vLLM would pass over in silence is an error here.
     """
     with one_line_errors():
-        from speculators.integrations.vllm.serve import NoVllmError, become, check_vllm
+        from speculators.integrations.vllm.serving.command import NoVllmError, become, check_vllm
 
         served, command = _checked(draft, verifier, k, context.args)
         try:
@@ -67,7 +67,10 @@ def bench(
         str | None, typer.Option("--prompts", help="A file of prompts, as for training.")
     ] = None,
     verifier: VerifierPath = None,
-    k: DraftTokens = None,
+    k: Annotated[
+        str | None,
+        typer.Option("--k", help="Tokens to draft, one server for each number, such as 1,3,5."),
+    ] = None,
     concurrency: Annotated[
         str, typer.Option("--concurrency", help="Requests at a time, one measurement each.")
     ] = "1,4,16",
@@ -91,26 +94,30 @@ def bench(
 ) -> None:
     """Measure vLLM with a draft and without: tokens per second, latency, acceptance, equality.
 
-    It starts the two servers itself, one after the other, with vLLM's flags after the draft, or
-    takes running ones.
+    It starts the servers itself, one after the other, with vLLM's flags after the draft, or takes
+    running ones.
     """
     with one_line_errors(), _interruptible():
         at_a_time = _concurrencies(concurrency, limit)
+        ks = [] if k is None else _numbers("--k", k, "1,3,5")
         _check_endpoints(endpoint, baseline_endpoint, context.args, k)
         if prompts is None:
             raise UsageError("there are no prompts; give a file with --prompts")
         if max_new_tokens < 2:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; expected at least 2")
-        served, _ = _checked(draft, verifier, k, context.args)
+        served, _ = _checked(draft, verifier, max(ks, default=None), context.args)
         _warn(served.warnings)
 
         from speculators.cli.progress import ConsoleProgress
-        from speculators.integrations.vllm import bench_report, bench_run, serve
+        from speculators.integrations.vllm.bench import report, run
+        from speculators.integrations.vllm.serving.command import check_vllm
 
         if endpoint is None:
-            _warn(serve.check_vllm(served))
-        plan = bench_run.BenchPlan(
+            _warn(check_vllm(served))
+            ks = ks or [served.num_draft_tokens]
+        plan = run.BenchPlan(
             draft=served,
+            ks=ks,
             prompts=prompts,
             limit=limit,
             max_new_tokens=max_new_tokens,
@@ -123,19 +130,19 @@ def bench(
         )
         progress = ConsoleProgress()
         try:
-            report = bench_run.run(plan, progress)
+            measured = run.run(plan, progress)
         finally:
             progress.stop()
         from rich.console import Console
 
-        Console().print(bench_report.table(report))
-        typer.echo(f"{plan.output}/{bench_report.JSON}")
+        Console().print(report.table(measured))
+        typer.echo(f"{plan.output}/{report.JSON}")
 
 
 def _check_endpoints(
-    endpoint: str | None, baseline: str | None, flags: Sequence[str], k: int | None
+    endpoint: str | None, baseline: str | None, flags: Sequence[str], k: str | None
 ) -> None:
-    from speculators.integrations.vllm.server import check_server_flags
+    from speculators.integrations.vllm.serving.server import check_server_flags
 
     if endpoint is None and baseline is not None:
         raise UsageError("--baseline-endpoint is there alone; give --endpoint, too, or neither")
@@ -155,8 +162,8 @@ def _checked(
     draft: str, verifier: str | None, k: int | None, flags: Sequence[str]
 ) -> "tuple[ServedDraft, ServerCommand]":
     """The draft, once it is known to fit, and vLLM's command for it."""
-    from speculators.integrations.vllm.serve import server_command
-    from speculators.integrations.vllm.serve_checks import check_draft
+    from speculators.integrations.vllm.serving.checks import check_draft
+    from speculators.integrations.vllm.serving.command import server_command
 
     if draft.startswith("-"):
         raise UsageError(f"found {draft} where the draft is expected; vLLM's flags go after it")
@@ -184,18 +191,24 @@ def _value(flags: Sequence[str], name: str) -> str | None:
 
 
 def _concurrencies(text: str, limit: int) -> list[int]:
+    numbers = _numbers("--concurrency", text, "1,4,16")
+    if max(numbers) > limit:
+        raise UsageError(
+            f"--concurrency asks for {max(numbers)} requests at a time, and --limit for {limit} "
+            "prompts; expected at least as many prompts"
+        )
+    return numbers
+
+
+def _numbers(flag: str, text: str, example: str) -> list[int]:
+    """Numbers with commas between them."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise UsageError(
-            f"--concurrency is {text!r}; expected different numbers from 1 up, such as 1,4,16"
-        )
-    if max(numbers) > limit:
-        raise UsageError(
-            f"--concurrency asks for {max(numbers)} requests at a time, and --limit for {limit} "
-            "prompts; expected at least as many prompts"
+            f"{flag} is {text!r}; expected different numbers from 1 up, such as {example}"
         )
     return numbers
 

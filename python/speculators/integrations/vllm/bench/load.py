@@ -1,36 +1,20 @@
-"""A client that asks a vLLM server for continuations and takes the time of every token.
+"""Prompts that a server continues so many at a time, and the time of every token.
 
 vLLM's own ``vllm bench serve`` takes texts, which a server splits into tokens anew, and says no
 token ids. Here prompts are the tokens that the draft was measured with in our own decoder, and the
-answers are compared token for token, so the library needs a client of its own. It is small: threads
-and the standard library, which are fast enough for the few streams of such a measurement.
+answers are compared token for token, so the library asks by itself. Threads are fast enough for the
+few streams of such a measurement.
 """
 
 import contextlib
 import dataclasses
-import http.client
-import json
-import os
 import queue
-import re
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
-_SECONDS_WITHOUT_AN_ANSWER = 600.0
-_DATA = b"data: "
-_COUNTERS = "vllm:spec_decode_num_"
-_SAMPLE = re.compile(
-    rf"^{_COUNTERS}(?P<name>drafts|draft_tokens|accepted_tokens(?:_per_pos)?)_total"
-    r"(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)"
-)
-_POSITION = re.compile(r'(?:^|,)position="(\d+)"')
-
-
-class BenchError(RuntimeError):
-    """A server did not answer as it should."""
+from speculators.integrations.vllm.serving.client import Client, check_token_ids, token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,222 +40,66 @@ class Completion:
         return self.decode_seconds / further if further > 0 else None
 
 
-@dataclasses.dataclass(frozen=True)
-class DraftCounters:
-    """What a server has counted of its drafts since it started.
-
-    Attributes:
-        drafts: verifications with a draft.
-        draft_tokens: drafted tokens.
-        accepted_tokens: those that the verifier accepted.
-        accepted_by_position: drafts whose first, second, ... token was accepted.
-    """
-
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_by_position: tuple[int, ...] = ()
-
-    def since(self, before: "DraftCounters") -> "DraftCounters":
-        """What was counted after ``before``."""
-        length = max(len(self.accepted_by_position), len(before.accepted_by_position))
-        now, then = (_padded(c.accepted_by_position, length) for c in (self, before))
-        return DraftCounters(
-            self.drafts - before.drafts,
-            self.draft_tokens - before.draft_tokens,
-            self.accepted_tokens - before.accepted_tokens,
-            tuple(one - other for one, other in zip(now, then, strict=True)),
-        )
-
-    def plus(self, other: "DraftCounters") -> "DraftCounters":
-        """Both together."""
-        nothing = DraftCounters()
-        return self.since(nothing.since(other))
-
-
-def _padded(counts: Sequence[int], length: int) -> list[int]:
-    return [*counts, *[0] * (length - len(counts))]
-
-
-def parse_counters(text: str) -> DraftCounters | None:
-    """Reads a server's ``/metrics``.
+def complete(
+    client: Client,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    salt: str,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Completion:
+    """Continues a prompt greedily.
 
     Args:
-        text: in Prometheus' format; of several engines the sum is taken.
-
-    Returns:
-        None if the server does not draft.
-    """
-    sums: dict[str, int] = {}
-    positions: dict[int, int] = {}
-    for match in filter(None, map(_SAMPLE.match, text.splitlines())):
-        name, value = match["name"], int(float(match["value"]))
-        if name == "accepted_tokens_per_pos":
-            position = _POSITION.search(match["labels"] or "")
-            if position is not None:
-                positions[int(position[1])] = positions.get(int(position[1]), 0) + value
-        else:
-            sums[name] = sums.get(name, 0) + value
-    if not sums:
-        return None
-    return DraftCounters(
-        sums.get("drafts", 0),
-        sums.get("draft_tokens", 0),
-        sums.get("accepted_tokens", 0),
-        tuple(positions.get(place, 0) for place in range(max(positions, default=-1) + 1)),
-    )
-
-
-class Server:
-    """A running server.
-
-    Args:
-        endpoint: its address, with or without ``/v1`` at the end. A key, if it wants one, is taken
-            from the environment's ``VLLM_API_KEY``, where vLLM itself looks for it.
+        client: of the server.
+        prompt: its tokens.
+        max_new_tokens: the continuation's.
+        salt: what of a prompt is kept is used again with the same salt only.
+        stopped: asked between tokens; True ends the continuation where it is.
 
     Raises:
-        BenchError: it is no address, nobody answers there, or no model is served.
+        AnswerError: the server refuses, or its answer has no token ids.
     """
-
-    def __init__(self, endpoint: str) -> None:
-        url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/v1"))
-        if url.scheme not in {"http", "https"} or not url.hostname:
-            raise BenchError(f"{endpoint} is no server's address; expected http://HOST:PORT")
-        self.endpoint, self._url = endpoint, url
-        models = json.loads(self.get("/v1/models")).get("data") or []
-        if not models:
-            raise BenchError(f"{endpoint} serves no model; expected a vLLM server")
-        self.model = str(models[0]["id"])
-
-    @property
-    def version(self) -> str | None:
-        """The release of its vLLM; None if it does not say."""
-        try:
-            return str(json.loads(self.get("/version"))["version"])
-        except (BenchError, ValueError, KeyError):
-            return None
-
-    def counters(self) -> DraftCounters | None:
-        """What it has counted up to now; None if it does not draft."""
-        return parse_counters(self.get("/metrics"))
-
-    def get(self, path: str) -> str:
-        """The answer to a request without a body."""
-        with self._answer("GET", path) as answer:
-            text: str = answer.read().decode("utf-8", "replace")
-            return text
-
-    def complete(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        *,
-        salt: str,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> Completion:
-        """Continues a prompt greedily.
-
-        Args:
-            prompt: its tokens.
-            max_new_tokens: the continuation's.
-            salt: what of a prompt is kept is used again with the same salt only.
-            stopped: asked between tokens; True ends the continuation where it is.
-
-        Raises:
-            BenchError: the server refuses, or its answer has no token ids.
-        """
-        body = {
-            "model": self.model,
-            "prompt": list(prompt),
-            "max_tokens": max_new_tokens,
-            "temperature": 0,
-            "stream": True,
-            "return_token_ids": True,
-            "cache_salt": salt,
-        }
-        tokens: list[int] = []
-        first_tokens, first = 0, 0.0
-        begin = last = time.perf_counter()
-        with self._answer("POST", "/v1/completions", body) as answer:
-            while (line := answer.readline()) and not stopped():
-                found = _tokens_of(line)
-                if not found:
-                    continue
+    body = {
+        "model": client.model,  # asked for, if it must be, before the clock runs
+        "prompt": list(prompt),
+        "max_tokens": max_new_tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+        "cache_salt": salt,
+    }
+    tokens: list[int] = []
+    first_tokens, first = 0, 0.0
+    begin = last = time.perf_counter()
+    with client.stream(body) as events:
+        for event in events:
+            found = token_ids(event)
+            if found:
                 last = time.perf_counter()
                 if not tokens:
                     first, first_tokens = last, len(found)
                 tokens += found
-        if not tokens:
-            raise BenchError(
-                f"{self.endpoint} gave no token ids; expected a vLLM server that knows "
-                "return_token_ids, and prompts that do not end the text"
-            )
-        return Completion(tokens, first - begin, last - first, first_tokens)
-
-    @contextlib.contextmanager
-    def _answer(self, method: str, path: str, body: Any = None) -> Iterator[Any]:
-        kind = http.client.HTTPSConnection
-        if self._url.scheme == "http":
-            kind = http.client.HTTPConnection  # type: ignore[assignment]
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        host = self._url.hostname
-        connection = kind(str(host), self._url.port, timeout=_SECONDS_WITHOUT_AN_ANSWER)
-        try:
-            connection.request(
-                method, self._url.path + path, None if body is None else json.dumps(body), headers
-            )
-            answer = connection.getresponse()
-            if answer.status != 200:
-                said = answer.read().decode("utf-8", "replace")
-                raise BenchError(
-                    f"{self.endpoint}{path} refuses ({answer.status}): {_reason(said)}"
-                )
-            yield answer
-        except (OSError, http.client.HTTPException) as error:
-            raise BenchError(
-                f"{self.endpoint} does not answer ({type(error).__name__}: {error})"
-            ) from None
-        finally:
-            connection.close()
-
-
-def _tokens_of(line: bytes) -> list[int]:
-    """The token ids in a line of a stream of events."""
-    data = line.strip().removeprefix(_DATA.strip()).strip()
-    if not data or data == b"[DONE]" or not line.startswith(_DATA.strip()):
-        return []
-    event = json.loads(data)
-    if "error" in event:
-        raise BenchError(f"the server failed: {_reason(json.dumps(event))}")
-    return [token for choice in event.get("choices", ()) for token in choice.get("token_ids") or ()]
-
-
-def _reason(text: str) -> str:
-    try:
-        found = json.loads(text)
-        message = found["error"]["message"] if "error" in found else found["message"]
-    except (ValueError, TypeError, KeyError):
-        message = text
-    return " ".join(str(message).split())[:500]
+            if stopped():
+                break
+    check_token_ids(client.endpoint, tokens)
+    return Completion(tokens, first - begin, last - first, first_tokens)
 
 
 class Load:
     """Prompts that are worked off so many at a time.
 
     Args:
-        server: who continues them.
+        client: of the server that continues them.
         prompts: token ids.
         max_new_tokens: of each.
         concurrency: requests at a time.
-        salt: see :meth:`Server.complete`.
+        salt: see :func:`complete`.
         done: called after each prompt.
     """
 
     def __init__(
         self,
-        server: Server,
+        client: Client,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
@@ -279,7 +107,7 @@ class Load:
         salt: str,
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        self._server, self._max_new_tokens = server, max_new_tokens
+        self._client, self._max_new_tokens = client, max_new_tokens
         self._salt, self._done, self._concurrency = salt, done, concurrency
         self._prompts = prompts
         self._stop = threading.Event()
@@ -293,7 +121,7 @@ class Load:
             The continuations in the order of the prompts, and the seconds that all of it took.
 
         Raises:
-            BenchError: one of them failed; the others are given up.
+            AnswerError: one of them failed; the others are given up.
         """
         for item in enumerate(self._prompts):
             self._open.put(item)
@@ -329,8 +157,12 @@ class Load:
                 return
             answer: Completion | Exception
             try:
-                answer = self._server.complete(
-                    prompt, self._max_new_tokens, salt=self._salt, stopped=self._stop.is_set
+                answer = complete(
+                    self._client,
+                    prompt,
+                    self._max_new_tokens,
+                    salt=self._salt,
+                    stopped=self._stop.is_set,
                 )
             except Exception as error:
                 answer = error

@@ -1,9 +1,12 @@
-"""Measures a server with a draft and one without, on the same prompts, at several concurrencies.
+"""A server at several concurrencies, and the servers with the draft beside the one without.
 
-Servers that are started here run one after the other, since two of them would share the machine's
-memory and its cores. Each continues a few prompts first, which are not counted, because vLLM
-compiles and allocates when it first meets a size. A kept prefix of a prompt is not used again at
-the next concurrency: every one of them reads its prompts anew.
+Each server continues a few prompts first, which are not counted, because vLLM compiles and
+allocates when it first meets a size. A kept prefix of a prompt is not used again at the next
+concurrency: every one of them reads its prompts anew.
+
+Which number of drafted tokens is the best is read off what was measured, and off nothing else. What
+a step costs with fewer tokens than were measured does not follow from two points: a part of it is
+the same for any number, and the more requests share a step the larger that part is.
 """
 
 import dataclasses
@@ -14,20 +17,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from speculators.data.generate import Progress
-from speculators.integrations.vllm.bench_client import (
-    Completion,
-    DraftCounters,
-    Load,
-    Server,
-)
-from speculators.integrations.vllm.bench_model import recommend
-from speculators.integrations.vllm.bench_report import (
+from speculators.integrations.vllm.bench.counters import DraftCounters, parse_counters
+from speculators.integrations.vllm.bench.load import Completion, Load
+from speculators.integrations.vllm.bench.report import (
     Acceptance,
     BenchVersions,
+    DrafterSpeed,
     Level,
     Milliseconds,
     ServerSpeed,
 )
+from speculators.integrations.vllm.serving.client import Client
 from speculators.version import __version__
 
 
@@ -46,8 +46,30 @@ class Measured:
     counters: DraftCounters | None
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredDrafter:
+    """A server with the draft.
+
+    Attributes:
+        levels: one for each concurrency.
+        k: tokens drafted before each verification; None if that is not known.
+    """
+
+    levels: Sequence[Measured]
+    k: int | None
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """Of all concurrencies together; None if the server does not draft."""
+        total = None
+        for counters in (one.counters for one in self.levels):
+            if counters is not None:
+                total = counters if total is None else total.plus(counters)
+        return None if total is None else acceptance(total)
+
+
 def measure(
-    server: Server,
+    client: Client,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     concurrencies: Sequence[int],
@@ -58,7 +80,7 @@ def measure(
     """Continues all prompts at each concurrency.
 
     Args:
-        server: who continues them.
+        client: of the server that continues them.
         prompts: token ids.
         max_new_tokens: of each.
         concurrencies: requests at a time.
@@ -66,7 +88,7 @@ def measure(
         name: of the server, for ``progress``.
 
     Raises:
-        BenchError: the server does not answer as it should.
+        AnswerError: the server does not answer as it should.
     """
 
     def run(
@@ -74,7 +96,7 @@ def measure(
     ) -> tuple[list[Completion], float]:
         salt = uuid.uuid4().hex
         return Load(
-            server, chosen, max_new_tokens, concurrency=at_a_time, salt=salt, done=done
+            client, chosen, max_new_tokens, concurrency=at_a_time, salt=salt, done=done
         ).run()
 
     for at_a_time in concurrencies:  # to warm up
@@ -82,9 +104,9 @@ def measure(
     results = []
     for at_a_time in concurrencies:
         progress.start(len(prompts), f"{name}, {at_a_time} at a time")
-        before = server.counters()
+        before = parse_counters(client.text("/metrics"))
         completions, seconds = run(prompts, at_a_time, lambda: progress.advance(1))
-        after = server.counters()
+        after = parse_counters(client.text("/metrics"))
         counters = None
         if after is not None:
             counters = after.since(before or DraftCounters())
@@ -93,35 +115,55 @@ def measure(
 
 
 def levels(
-    concurrencies: Sequence[int], drafter: Sequence[Measured], plain: Sequence[Measured] | None
+    concurrencies: Sequence[int],
+    drafters: Sequence[MeasuredDrafter],
+    plain: Sequence[Measured] | None,
 ) -> list[Level]:
-    """Puts the two servers' results beside each other."""
-    without: Sequence[Measured | None] = plain if plain is not None else [None] * len(drafter)
+    """Puts the servers' results beside each other."""
     return [
-        _level(at_a_time, with_draft, alone)
-        for at_a_time, with_draft, alone in zip(concurrencies, drafter, without, strict=True)
+        _level(
+            concurrency,
+            [(drafter.k, drafter.levels[place]) for drafter in drafters],
+            None if plain is None else plain[place],
+        )
+        for place, concurrency in enumerate(concurrencies)
     ]
 
 
-def _level(concurrency: int, drafter: Measured, plain: Measured | None) -> Level:
-    found = None if drafter.counters is None else acceptance(drafter.counters)
-    speed, alone = _speed(drafter), None if plain is None else _speed(plain)
-    recommended, expected = None, []
-    if alone is not None and found is not None and found.acceptance_by_position:
-        length = recommend(
-            alone.tokens_per_second, speed.tokens_per_second, found.acceptance_by_position
-        )
-        recommended, expected = length.recommended, length.tokens_per_second
+def _level(
+    concurrency: int, drafters: Sequence[tuple[int | None, Measured]], plain: Measured | None
+) -> Level:
+    speeds = [_drafter_speed(k, measured, plain) for k, measured in drafters]
+    alone = None if plain is None else _speed(plain)
     return Level(
-        concurrency=concurrency,
-        drafter=speed,
-        plain=alone,
-        acceptance=found,
-        speedup=None if alone is None else speed.tokens_per_second / alone.tokens_per_second,
-        identical=None if plain is None else _identical(drafter, plain),
-        recommended_k=recommended,
-        expected_tokens_per_second=expected,
+        concurrency=concurrency, plain=alone, drafters=speeds, best_k=_best_k(speeds, alone)
     )
+
+
+def _drafter_speed(k: int | None, measured: Measured, plain: Measured | None) -> DrafterSpeed:
+    speed = _speed(measured)
+    return DrafterSpeed(
+        k=k,
+        speed=speed,
+        acceptance=None if measured.counters is None else acceptance(measured.counters),
+        speedup=(
+            None if plain is None else speed.tokens_per_second / _speed(plain).tokens_per_second
+        ),
+        identical=None if plain is None else _identical(measured, plain),
+    )
+
+
+def _best_k(drafters: Sequence[DrafterSpeed], plain: ServerSpeed | None) -> int | None:
+    """The measured number with the most tokens per second; the smaller one of two that are equal.
+
+    None where there is nothing to choose from: no server without the draft, or one whose number
+    nobody knows.
+    """
+    if plain is None or any(drafter.k is None for drafter in drafters):
+        return None
+    rates = {0: plain.tokens_per_second}
+    rates |= {int(one.k or 0): one.speed.tokens_per_second for one in drafters}
+    return max(sorted(rates), key=rates.__getitem__)
 
 
 def acceptance(counters: DraftCounters) -> Acceptance:
@@ -138,20 +180,11 @@ def acceptance(counters: DraftCounters) -> Acceptance:
     )
 
 
-def total_acceptance(measured: Sequence[Measured]) -> Acceptance | None:
-    """Of all concurrencies together; None if the server does not draft."""
-    total = None
-    for counters in (one.counters for one in measured):
-        if counters is not None:
-            total = counters if total is None else total.plus(counters)
-    return None if total is None else acceptance(total)
-
-
-def versions(server: Server) -> BenchVersions:
+def versions(client: Client) -> BenchVersions:
     """Of this library and of the server's vLLM."""
     return BenchVersions(
         speculators=__version__,
-        vllm=server.version,
+        vllm=client.version,
         python=platform.python_version(),
         machine=platform.machine(),
     )

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 import pydantic
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
@@ -19,7 +20,7 @@ from rich.table import Table
 from speculators.atomic import atomic_file
 from speculators.data.artifact import Path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JSON, PLOT = "bench.json", "bench.png"
 
 _DPI, _INCHES = 100, (11.0, 4.5)
@@ -76,42 +77,63 @@ class Acceptance(_Part):
     acceptance_by_position: list[float]
 
 
+class DrafterSpeed(_Part):
+    """One server with the draft at one concurrency.
+
+    Attributes:
+        k: tokens drafted before each verification; None if a running server does not say.
+        speed: how fast it is.
+        acceptance: of the drafts; None if the server does not say.
+        speedup: its tokens per second by those of the server without the draft.
+        identical: requests with the same tokens from both; None without the other server.
+    """
+
+    k: int | None
+    speed: ServerSpeed
+    acceptance: Acceptance | None
+    speedup: float | None
+    identical: int | None
+
+
 class Level(_Part):
     """One concurrency.
 
     Attributes:
         concurrency: requests at a time.
-        drafter: the server with the draft.
-        plain: the one without; None if there is none.
-        acceptance: of the drafts; None if the server does not say.
-        speedup: tokens per second of ``drafter`` by those of ``plain``.
-        identical: requests with the same tokens from both servers; None without ``plain``.
-        recommended_k: tokens to draft at this concurrency, 0 for none; see ``bench_model``.
-        expected_tokens_per_second: of all streams, for 0, 1, ..., K drafted tokens.
+        plain: the server without the draft; None if there is none.
+        drafters: those with it, one for each number of drafted tokens.
+        best_k: of the numbers that were measured, that with the most tokens per second; 0 is the
+            server without the draft. None where there is no other to compare with.
     """
 
     concurrency: int
-    drafter: ServerSpeed
     plain: ServerSpeed | None
+    drafters: list[DrafterSpeed] = pydantic.Field(min_length=1)
+    best_k: int | None
+
+
+class Drafter(_Part):
+    """One server with the draft, all levels together.
+
+    Attributes:
+        k: tokens drafted before each verification; None if a running server does not say.
+        acceptance: of the drafts; None if the server does not say.
+    """
+
+    k: int | None
     acceptance: Acceptance | None
-    speedup: float | None
-    identical: int | None
-    recommended_k: int | None
-    expected_tokens_per_second: list[float]
 
 
 class BenchSettings(_Part):
     """What was asked for.
 
     Attributes:
-        k: tokens drafted before each verification; None if a running server decided.
         prompts: the file.
         requests: prompts at each concurrency.
         max_new_tokens: of each.
         server_flags: of vLLM, beside the draft.
     """
 
-    k: int | None
     prompts: str
     requests: int
     max_new_tokens: int
@@ -137,8 +159,9 @@ class BenchReport(_Part):
         draft: its directory.
         verifier: where the verifier comes from.
         settings: what was asked for.
-        levels: one for each concurrency, in the order in which they ran.
-        acceptance: of all levels together.
+        drafters: the servers with the draft, in the order in which they ran.
+        levels: one for each concurrency, in the order in which they ran; each has the drafters in
+            the same order.
     """
 
     format_version: int = FORMAT_VERSION
@@ -147,8 +170,8 @@ class BenchReport(_Part):
     draft: str
     verifier: str
     settings: BenchSettings
+    drafters: list[Drafter] = pydantic.Field(min_length=1)
     levels: list[Level] = pydantic.Field(min_length=1)
-    acceptance: Acceptance | None
 
     def write(self, directory: Path) -> None:
         """Writes bench.json and bench.png, each whole or not at all; older ones are replaced."""
@@ -186,33 +209,46 @@ class BenchReport(_Part):
 
 
 def table(report: BenchReport) -> Table:
-    """The report for a terminal of 80 columns: two rows for each concurrency."""
-    settings, total = report.settings, report.acceptance
-    shares = [] if total is None else [f"{100 * s:.0f}" for s in total.acceptance_by_position]
+    """The report for a terminal of 80 columns: a row for each server at each concurrency."""
+    settings = report.settings
     made = Table(
         title=f"{settings.requests} prompts, up to {settings.max_new_tokens} tokens each, "
-        f"K {settings.k or '-'}, verifier {escape(report.verifier)}",
-        caption=f"accepted up to each position, %: {' '.join(shares) or '-'}",
+        f"verifier {escape(report.verifier)}",
+        caption="\n".join(map(_accepted, report.drafters)),
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
     for name in ("at once", "serving", "tokens/s", "speedup", "first ms", "next ms", "tau", "same"):
         made.add_column(name, justify="left" if name == "serving" else "right", no_wrap=True)
-    made.add_column("best K", justify="right", no_wrap=True)
+    made.add_column("", no_wrap=True)
     for level in report.levels:
-        at_once, found = str(level.concurrency), level.acceptance
+        at_once = str(level.concurrency)
         if level.plain is not None:
-            made.add_row(at_once, "plain", *_speed(level.plain, 1.0), "-", "-", "-")
-        made.add_row(
-            at_once,
-            "draft",
-            *_speed(level.drafter, level.speedup),
-            "-" if found is None or found.tau is None else f"{found.tau:.2f}",
-            "-" if level.identical is None else f"{level.identical}/{level.drafter.requests}",
-            "-" if level.recommended_k is None else str(level.recommended_k),
-        )
+            best = "best" if level.best_k == 0 else ""
+            made.add_row(at_once, "plain", *_speed(level.plain, 1.0), "-", "-", best)
+        for drafter in level.drafters:
+            found = drafter.acceptance
+            made.add_row(
+                at_once,
+                _name(drafter.k),
+                *_speed(drafter.speed, drafter.speedup),
+                "-" if found is None or found.tau is None else f"{found.tau:.2f}",
+                "-" if drafter.identical is None else f"{drafter.identical}/{settings.requests}",
+                "best" if level.best_k is not None and drafter.k == level.best_k else "",
+            )
     return made
+
+
+def _name(k: int | None) -> str:
+    """Of a server with the draft."""
+    return "draft" if k is None else f"K {k}"
+
+
+def _accepted(drafter: Drafter) -> str:
+    shares = [] if drafter.acceptance is None else drafter.acceptance.acceptance_by_position
+    listed = " ".join(f"{100 * share:.0f}" for share in shares) or "-"
+    return f"{_name(drafter.k)}: accepted up to each position, %: {listed}"
 
 
 def _speed(speed: ServerSpeed, speedup: float | None) -> Sequence[str]:
@@ -231,31 +267,8 @@ def plot(report: BenchReport) -> bytes:
     """
     figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
     speed, accepted = figure.subplots(1, 2)
-    levels = sorted(report.levels, key=lambda level: level.concurrency)
-    at = [level.concurrency for level in levels]
-    rates = [level.drafter.tokens_per_second for level in levels]
-    speed.plot(at, rates, marker="o", color="C0", linewidth=2, label="with the draft")
-    plain = [(level.concurrency, level.plain) for level in levels if level.plain is not None]
-    if plain:
-        places = [place for place, _ in plain]
-        rates = [found.tokens_per_second for _, found in plain]
-        speed.plot(places, rates, marker="s", color="C1", linewidth=2, label="plain")
-    speed.set_title("All streams together")
-    speed.set_xscale("log", base=2)
-    speed.set_xticks(at)
-    speed.xaxis.set_major_formatter(ScalarFormatter())
-    speed.set_xlabel("requests at a time")
-    speed.set_ylabel("tokens per second")
-    speed.set_ylim(bottom=0)
-    speed.legend()
-    shares = report.acceptance.acceptance_by_position if report.acceptance is not None else []
-    accepted.plot(range(1, len(shares) + 1), shares, marker="o", linewidth=2, clip_on=False)
-    accepted.set_title("Drafted tokens that the verifier accepted")
-    accepted.set_xlabel("position in the draft")
-    accepted.set_ylabel("share of the drafts")
-    accepted.set_xlim(0.75, max(len(shares), 2) + 0.25)
-    accepted.set_ylim(0.0, 1.0)
-    accepted.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plot_speed(report, speed)
+    _plot_acceptance(report, accepted)
     for axes in (speed, accepted):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -264,3 +277,48 @@ def plot(report: BenchReport) -> bytes:
         buffer, format="png", dpi=_DPI, bbox_inches=figure.bbox_inches
     )
     return buffer.getvalue()
+
+
+def _plot_speed(report: BenchReport, axes: Axes) -> None:
+    levels = sorted(report.levels, key=lambda level: level.concurrency)
+    at = [level.concurrency for level in levels]
+    plain = [(level.concurrency, level.plain) for level in levels if level.plain is not None]
+    if plain:
+        rates = [found.tokens_per_second for _, found in plain]
+        places = [place for place, _ in plain]
+        axes.plot(places, rates, marker="s", color="black", linewidth=2, label="plain")
+    for number, drafter in enumerate(report.drafters):
+        rates = [level.drafters[number].speed.tokens_per_second for level in levels]
+        axes.plot(at, rates, marker="o", color=f"C{number}", linewidth=2, label=_name(drafter.k))
+    axes.set_title("All streams together")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("requests at a time")
+    axes.set_ylabel("tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _plot_acceptance(report: BenchReport, axes: Axes) -> None:
+    longest = 2
+    for number, drafter in enumerate(report.drafters):
+        found = drafter.acceptance
+        shares = [] if found is None else found.acceptance_by_position
+        longest = max(longest, len(shares))
+        axes.plot(
+            range(1, len(shares) + 1),
+            shares,
+            marker="o",
+            color=f"C{number}",
+            linewidth=2,
+            clip_on=False,
+            label=_name(drafter.k),
+        )
+    axes.set_title("Drafted tokens that the verifier accepted")
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("share of the drafts")
+    axes.set_xlim(0.75, longest + 0.25)
+    axes.set_ylim(0.0, 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()

@@ -17,8 +17,8 @@ from speculators.atomic import atomic_file
 from speculators.decoding.draft_models import num_draft_tokens
 from speculators.decoding.generation import GenerationOutput, generate
 from speculators.decoding.settings import GenerationSettings
-from speculators.integrations.vllm.comparison import TraceComparison, compare_traces
-from speculators.integrations.vllm.trace_format import (
+from speculators.integrations.vllm.contract.comparison import TraceComparison, compare_traces
+from speculators.integrations.vllm.contract.trace_format import (
     CaseResult,
     TraceCase,
     TraceRequest,
@@ -188,7 +188,7 @@ def run_engine(python: str | os.PathLike[str]) -> Tracer:
         with tempfile.TemporaryDirectory(prefix="speculators-trace-") as name:
             source, target = pathlib.Path(name) / "request.json", pathlib.Path(name) / "result.json"
             source.write_text(request.model_dump_json(), encoding="utf-8")
-            program = "speculators.integrations.vllm.trace"
+            program = "speculators.integrations.vllm.contract.trace"
             command = [str(python), "-m", program, str(source), str(target)]
             try:
                 process = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from speculators.decoding.generation import GenerationOutput
-from speculators.integrations.vllm.trace_format import CaseResult
+from speculators.integrations.vllm.contract.trace_format import CaseResult
 from speculators.models.verifier.verifier import Verifier
 
 # Of float32 logits: what is closer may be rounding. And the share of steps where that may happen.

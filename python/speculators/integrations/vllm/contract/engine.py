@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from speculators.configs.model_config import SpeculatorModelConfig
-from speculators.integrations.vllm.plugin import register
-from speculators.integrations.vllm.trace_format import (
+from speculators.integrations.vllm.contract.trace_format import (
     CaseResult,
     TraceCase,
     TraceRequest,
     TraceResult,
 )
+from speculators.integrations.vllm.plugin.registration import register
 from speculators.models.algorithm import find_algorithm
 from speculators.models.hub import local_directory
 from speculators.version import __version__

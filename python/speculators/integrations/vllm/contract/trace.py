@@ -1,4 +1,6 @@
-"""``python -m speculators.integrations.vllm.trace REQUEST.json RESULT.json``: a trace by a program.
+"""A trace by a program.
+
+``python -m speculators.integrations.vllm.contract.trace REQUEST.json RESULT.json``
 
 vLLM wants an environment of its own, so whoever asks for a trace starts this with that
 environment's Python. The files are a :class:`.trace_format.TraceRequest` and a
@@ -15,8 +17,8 @@ from collections.abc import Sequence
 import pydantic
 
 from speculators.atomic import atomic_file
-from speculators.integrations.vllm.engine import trace
-from speculators.integrations.vllm.trace_format import CaseResult, TraceRequest
+from speculators.integrations.vllm.contract.engine import trace
+from speculators.integrations.vllm.contract.trace_format import CaseResult, TraceRequest
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,14 +7,10 @@ server refuses for good ends the run at once.
 
 import contextlib
 import dataclasses
-import http.client
-import json
-import os
 import pathlib
 import re
 import threading
 import time
-import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -25,9 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from speculators.data.regenerate import RegenerateSettings
-from speculators.integrations.vllm.server import tail
+from speculators.integrations.vllm.serving.client import (
+    AnswerError,
+    Client,
+    check_token_ids,
+    token_ids,
+)
+from speculators.integrations.vllm.serving.server import tail
 
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 _POLL_SECONDS = 0.002
 _LONGEST_POLL = 0.1
@@ -41,10 +42,6 @@ _Result = TypeVar("_Result")
 
 class HiddenStatesError(RuntimeError):
     """The server gives no hidden states, and asking again would not help."""
-
-
-class TransientError(Exception):
-    """A request failed in a way that may pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +65,7 @@ class HiddenStatesServer:
     """A running server with our connector. Threads may share it.
 
     Args:
-        endpoint: its address, with or without ``/v1`` at the end. A key, if it wants one, is taken
-            from the environment's ``VLLM_API_KEY``.
+        endpoint: its address; for a key see ``serving.client``.
         layer_ids: the residual streams wanted, sorted.
         hidden_size: H.
         dtype: that the verifier is to run in, such as ``"bfloat16"``.
@@ -78,7 +74,7 @@ class HiddenStatesServer:
         patience: see there.
 
     Raises:
-        HiddenStatesError: it is no address.
+        AnswerError: it is no address.
     """
 
     def __init__(
@@ -92,15 +88,10 @@ class HiddenStatesServer:
         log: pathlib.Path | None = None,
         patience: Patience | None = None,
     ) -> None:
-        url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/v1"))
-        if url.scheme not in {"http", "https"} or not url.hostname:
-            raise HiddenStatesError(f"{endpoint} is no server's address; expected http://HOST:PORT")
-        self.endpoint, self._url = endpoint, url
+        self.endpoint = endpoint
         self._layer_ids, self._hidden_size, self._dtype = tuple(layer_ids), hidden_size, dtype
         self._command, self._log, self._patience = command, log, patience or Patience()
-        self._local = threading.local()
-        self._model: str | None = None
-        self._model_lock = threading.Lock()
+        self._client = Client(endpoint, timeout=self._patience.answer_seconds)
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -137,17 +128,16 @@ class HiddenStatesServer:
         }
         if settings.temperature > 0:  # vLLM draws no numbers for greedy ones, if it has no seed
             body |= {"top_p": settings.top_p, "seed": seed % 2**63}
-        answer = self._persist(lambda: self._complete(body))
-        ids = answer["choices"][0].get("token_ids")
-        if not ids:
-            raise HiddenStatesError(
-                f"{self.endpoint} gave no token ids; expected a vLLM server that knows "
-                "return_token_ids"
-            )
+        ids = self._persist(lambda: self._response(body))
         return torch.tensor(ids, dtype=torch.int64)
 
+    def _response(self, body: dict[str, Any]) -> list[int]:
+        ids = token_ids(self._client.complete(body))
+        check_token_ids(self.endpoint, ids)
+        return ids
+
     def _states(self, ids: list[int]) -> dict[int, Tensor]:
-        answer = self._complete(
+        answer = self._client.complete(
             {
                 "prompt": ids,
                 "max_tokens": 1,
@@ -178,7 +168,7 @@ class HiddenStatesServer:
             # Whole into memory: a mapped file would be read after it has been removed.
             tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (OSError, SafetensorError) as error:
-            raise TransientError(f"{path} cannot be read: {error}") from None
+            raise AnswerError(f"{path} cannot be read: {error}", may_pass=True) from None
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -186,9 +176,11 @@ class HiddenStatesServer:
         shape = [len(ids), len(self._layer_ids), self._hidden_size]
         if states is None or tokens is None or list(states.shape) != shape:
             found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            raise TransientError(f"{path} has {found}; expected hidden_states {shape}")
+            raise AnswerError(f"{path} has {found}; expected hidden_states {shape}", may_pass=True)
         if tokens.tolist() != ids:
-            raise TransientError(f"{path} has the states of other tokens than those asked for")
+            raise AnswerError(
+                f"{path} has the states of other tokens than those asked for", may_pass=True
+            )
         return {k: states[:, place] for place, k in enumerate(self._layer_ids)}
 
     def _wait_for(self, path: pathlib.Path) -> None:
@@ -198,11 +190,12 @@ class HiddenStatesServer:
             if failed.exists():
                 reason = failed.read_text(encoding="utf-8", errors="replace")
                 failed.unlink(missing_ok=True)
-                raise TransientError(f"the server could not write {path}: {reason}")
+                raise AnswerError(f"the server could not write {path}: {reason}", may_pass=True)
             if time.monotonic() > end or self._stop.is_set():
-                raise TransientError(
+                raise AnswerError(
                     f"{path}, which the server names, is not there; a server on another machine "
-                    "must write to a folder that both see by the same name"
+                    "must write to a folder that both see by the same name",
+                    may_pass=True,
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
@@ -213,71 +206,21 @@ class HiddenStatesServer:
         for number in range(1, self._patience.attempts + 1):
             try:
                 return attempt()
-            except TransientError as error:
+            except AnswerError as error:
+                if not error.may_pass:
+                    raise HiddenStatesError(str(error)) from None
                 if number == self._patience.attempts or self._stop.is_set():
                     raise HiddenStatesError(self._said(error, number)) from None
             self._stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError
 
-    def _said(self, error: TransientError, attempts: int) -> str:
+    def _said(self, error: AnswerError, attempts: int) -> str:
         text = f"{error} (tried {attempts} times)"
         if self._log is not None and self._log.exists():
             text += f"{_first_error(self._log)}; the server's log {self._log} ends:\n"
             text += tail(self._log, _SHOWN_LINES)
         return text
-
-    def _complete(self, body: dict[str, Any]) -> Any:
-        return self._request("POST", "/v1/completions", {"model": self._model_name(), **body})
-
-    def _model_name(self) -> str:
-        with self._model_lock:
-            if self._model is None:
-                models = self._request("GET", "/v1/models").get("data") or []
-                if not models:
-                    raise HiddenStatesError(
-                        f"{self.endpoint} serves no model. Start it with\n{self._command}"
-                    )
-                self._model = str(models[0]["id"])
-            return self._model
-
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer, JSON; each thread keeps its connection."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        content = None if body is None else json.dumps(body)
-        connection = self._connection()
-        try:
-            connection.request(method, self._url.path + path, content, headers)
-            answer = connection.getresponse()
-            text = answer.read().decode("utf-8", "replace")
-            if answer.status == 200:
-                return json.loads(text)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._local.connection = None
-            connection.close()
-            raise TransientError(
-                f"{self.endpoint} does not answer ({type(error).__name__}: {error})"
-            ) from None
-        said = f"{self.endpoint}{path} refuses ({answer.status}): {' '.join(text.split())[:500]}"
-        if answer.status in _TRANSIENT:
-            raise TransientError(said)
-        raise HiddenStatesError(said)
-
-    def _connection(self) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            kind = (
-                http.client.HTTPSConnection
-                if self._url.scheme == "https"
-                else http.client.HTTPConnection
-            )
-            connection = kind(
-                str(self._url.hostname), self._url.port, timeout=self._patience.answer_seconds
-            )
-            self._local.connection = connection
-        return connection
 
 
 def _first_error(log: pathlib.Path) -> str:

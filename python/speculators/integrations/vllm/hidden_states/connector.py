@@ -13,7 +13,7 @@ This one differs where a long run needs it:
   was started for other streams finds out.
 - A write that fails is said, beside where the file would be, not only in the server's log.
 
-vLLM loads it by ``kv_connector_module_path``; ``hidden_states.server_flags`` has the flags.
+vLLM loads it by ``kv_connector_module_path``; ``source.server_command`` has the flags.
 """
 
 import pathlib

@@ -8,7 +8,7 @@ say; so they are taken for those wanted, and the first documents are compared wi
 Documents are found by their tokens: files may lie in any order, and rows that ``prepare`` dropped
 may be among them. The program in this module writes the rows for ``--data``::
 
-    python -m speculators.integrations.vllm.hidden_states_files FOLDER ROWS.jsonl
+    python -m speculators.integrations.vllm.hidden_states.files FOLDER ROWS.jsonl
 """
 
 import hashlib
@@ -19,19 +19,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speculators.atomic import atomic_file
 from speculators.data.sources import HiddenStateSource
-from speculators.integrations.vllm.hidden_states_comparison import (
+from speculators.integrations.vllm.hidden_states.comparison import (
     Tolerance,
     check_states,
     compare_states,
 )
-from speculators.models.vocabulary import VocabularyMapping
 
 PATTERN = "hs_*.safetensors"
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -164,24 +162,6 @@ def write_rows(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -
             file.write(json.dumps(row) + "\n")
             count += 1
     return count
-
-
-def read_vocabulary(d2t: str | os.PathLike[str], t2d: str | os.PathLike[str]) -> VocabularyMapping:
-    """A draft vocabulary from two files, each ``.npy`` or ``.pt`` with one tensor.
-
-    Raises:
-        ValueError: they do not describe the same choice of tokens.
-    """
-    return VocabularyMapping(_tensor(d2t).long(), _tensor(t2d).bool())
-
-
-def _tensor(path: str | os.PathLike[str]) -> Tensor:
-    if pathlib.Path(path).suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected one tensor")
-    return found
 
 
 def _key(tokens: Tensor) -> str:

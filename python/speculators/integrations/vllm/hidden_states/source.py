@@ -6,7 +6,7 @@ are asked over HTTP, so that nothing of vLLM is needed in this process, and both
 requests at a time, which vLLM batches as it likes.
 
 *Are these states the same as those of transformers?* In float32 nearly, in bfloat16 up to rounding:
-see ``hidden_states_comparison``, which looks at the first documents of every run. A store that was
+see ``comparison``, which looks at the first documents of every run. A store that was
 begun must end with the bytes that it would have had, so states that round otherwise are others:
 ``identity`` is that of transformers with ``"computed_by": "vllm"`` beside it, and no store is
 finished by the other one. Which server it is, where, in which batches and of which release does not
@@ -36,17 +36,17 @@ from torch import Tensor
 from speculators.data.ordering import derived_seed
 from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import HiddenStateSource, TransformersSource, register_source
-from speculators.integrations.vllm.hidden_states_client import (
+from speculators.integrations.vllm.hidden_states.client import (
     HiddenStatesError,
     HiddenStatesServer,
     Patience,
 )
-from speculators.integrations.vllm.hidden_states_comparison import (
+from speculators.integrations.vllm.hidden_states.comparison import (
     Tolerance,
     check_states,
     compare_states,
 )
-from speculators.integrations.vllm.server import (
+from speculators.integrations.vllm.serving.server import (
     ServerCommand,
     ServerError,
     check_server_flags,
@@ -54,7 +54,7 @@ from speculators.integrations.vllm.server import (
 )
 
 _CONNECTOR = "HiddenStatesConnector"
-_CONNECTOR_MODULE = "speculators.integrations.vllm.connector"
+_CONNECTOR_MODULE = "speculators.integrations.vllm.hidden_states.connector"
 _COMPARED_TOKENS = 4096
 _OURS = ("--speculative-config", "--kv-transfer-config", "--model", "--dtype")
 _ANY_LENGTH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"

@@ -12,7 +12,7 @@ import functools
 import warnings
 from typing import Any
 
-from speculators.integrations.vllm.internals import check_parameters, find
+from speculators.integrations.vllm.plugin.internals import check_parameters, find
 
 _MODULE = "vllm.utils.cpu_triton_utils"
 _NAME = "_expand_kernel_impl"

@@ -32,8 +32,8 @@ from vllm.model_executor.models.utils import (
 )
 
 from speculators.configs.model_config import SpeculatorModelConfig
-from speculators.integrations.vllm.speculator_types import METHOD, OWN_CONFIG
-from speculators.integrations.vllm.strict_weights import StrictWeights, expected_shapes
+from speculators.integrations.vllm.plugin.speculator_types import METHOD, OWN_CONFIG
+from speculators.integrations.vllm.plugin.strict_weights import StrictWeights, expected_shapes
 
 
 class _LlamaLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM may be absent

@@ -11,8 +11,8 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable
 
-from speculators.integrations.vllm import cpu_sampling, speculator_types
-from speculators.integrations.vllm.internals import TESTED, UnknownInternalsError
+from speculators.integrations.vllm.plugin import cpu_sampling, speculator_types
+from speculators.integrations.vllm.plugin.internals import TESTED, UnknownInternalsError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ configuration goes along as it is, because our model class reads it.
 import copy
 from typing import Any
 
-from speculators.integrations.vllm.internals import check_parameters, find, find_function
+from speculators.integrations.vllm.plugin.internals import check_parameters, find, find_function
 
 TYPES = ("eagle", "hass")
 # What vLLM calls our model class, and where it finds it.
 ARCHITECTURE = "SpeculatorsEagleForCausalLM"
-MODEL_CLASS = "speculators.integrations.vllm.eagle_model:SpeculatorsEagleForCausalLM"
+MODEL_CLASS = "speculators.integrations.vllm.plugin.eagle_model:SpeculatorsEagleForCausalLM"
 # The attribute of vLLM's configuration that has the draft's own, as read from its file.
 OWN_CONFIG = "speculators_own_config"
 # vLLM's name for EAGLE-1's way of drafting.

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from speculators.integrations.vllm.server import ServerCommand
-from speculators.integrations.vllm.speculator_types import TYPES
+from speculators.integrations.vllm.plugin.speculator_types import TYPES
+from speculators.integrations.vllm.serving.server import ServerCommand
 
 if TYPE_CHECKING:  # it imports torch
-    from speculators.integrations.vllm.serve_checks import ServedDraft
+    from speculators.integrations.vllm.serving.checks import ServedDraft
 
 RAN_WITH = "0.32.0"
 """The release of vLLM that serving was run with."""

@@ -14,14 +14,15 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
+
+from speculators.integrations.vllm.serving.client import Client
 
 LOCAL = "127.0.0.1"
 _SHOWN_LINES = 15
 _POLL_SECONDS = 0.5
+_HEALTH_SECONDS = 2.0
 _STOP_SECONDS = 30.0
 
 
@@ -105,27 +106,20 @@ def _wait_until_healthy(
     process: "subprocess.Popen[bytes]", endpoint: str, log: pathlib.Path, timeout: float
 ) -> None:
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise ServerError(
-                f"the server ended with status {process.returncode}; its log is {log}:\n{tail(log)}"
-            )
-        if _healthy(endpoint):
-            return
-        time.sleep(_POLL_SECONDS)
+    with contextlib.closing(Client(endpoint, timeout=_HEALTH_SECONDS)) as client:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise ServerError(
+                    f"the server ended with status {process.returncode}; its log is {log}:\n"
+                    f"{tail(log)}"
+                )
+            if client.healthy():
+                return
+            time.sleep(_POLL_SECONDS)
     raise ServerError(
         f"the server did not answer within {timeout:.0f} s; give it longer with --start-timeout, "
         f"or see its log {log}:\n{tail(log)}"
     )
-
-
-def _healthy(endpoint: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"{endpoint}/health", timeout=_POLL_SECONDS * 4) as answer:
-            return int(answer.status) == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -8,7 +8,7 @@
 ``distillation_loss``      what a draft's logits lose against the verifier's, row by row
 ``draft_attention``        attention of drafts in training: a causal step, then one key per step
 ``hidden_state_packing``   rows of several layers' hidden states, side by side in one buffer
-``host``                   work on the host that needs no torch: packing documents into rows
+``host``                   work on the host that needs no torch: packing documents, suffix index
 ``backend``                the choice between ``_C_cuda``, ``_C`` and the reference
 =========================  ================================================================
 

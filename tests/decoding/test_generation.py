@@ -13,11 +13,12 @@ from tests.models import verifier_models
 from tests.models.verifier_models import LAYERS, VOCABULARY, WINDOW
 from torch import Tensor
 
-from speculators.decoding.draft_models import Draft
+from speculators.decoding.draft_models import Draft, WithSuffix
 from speculators.decoding.drafters import NgramDrafter
 from speculators.decoding.generation import GenerationOutput, generate, generate_stream
 from speculators.decoding.sampling import Sampling
 from speculators.decoding.settings import GenerationSettings, pad_prompts
+from speculators.decoding.suffix_drafter import SuffixDrafter, suffix_corpus
 from speculators.models.verifier.verifier import Verifier
 
 MODELS = ["llama", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3", "gpt_oss", "gemma4"]
@@ -78,12 +79,20 @@ def sometimes_right(case: Case) -> ScriptedDrafter:
 DRAFTS: dict[str, Callable[[Case], Draft]] = {
     "none": lambda _: None,
     "n-gram": lambda _: NgramDrafter(3, 1),
+    "suffix": lambda _: SuffixDrafter(),
+    "suffix with a corpus": lambda case: SuffixDrafter(
+        suffix_corpus([row[::-1] for row in case.expected]), remember=True
+    ),
     "perfect": perfect,
     "adversarial": adversarial,
     "sometimes right": sometimes_right,
     "eagle": lambda case: make_draft("eagle", case.verifier),
     "hass": lambda case: make_draft("hass", case.verifier),
     "eagle3": lambda case: make_draft("eagle3", case.verifier, draft_vocab_size=32),
+    "eagle with suffix": lambda case: WithSuffix(make_draft("eagle", case.verifier)),
+    "eagle3 with suffix": lambda case: WithSuffix(
+        make_draft("eagle3", case.verifier, draft_vocab_size=32), SuffixDrafter(doubt=0.0)
+    ),
 }
 
 
@@ -235,6 +244,8 @@ def test_the_draft_says_how_many_tokens_it_drafts(llama: Case, tokens: int) -> N
     settings = GenerationSettings(max_new_tokens=9)
     output = generate(llama.verifier, draft, PROMPTS, settings)
     assert len(output.acceptance.drafted_by_position) == tokens
+    output = generate(llama.verifier, WithSuffix(draft), PROMPTS, settings)
+    assert len(output.acceptance.drafted_by_position) == tokens
     settings = dataclasses.replace(settings, num_draft_tokens=1)
     output = generate(llama.verifier, draft, PROMPTS, settings)
     assert len(output.acceptance.drafted_by_position) == 1
@@ -248,7 +259,7 @@ def sampled(case: Case, rows: list[int], generator: Any, draft: str = "eagle") -
     return generate(case.verifier, DRAFTS[draft](case), prompts, settings, generator=generator)
 
 
-@pytest.mark.parametrize("draft", ["none", "eagle"])
+@pytest.mark.parametrize("draft", ["none", "eagle", "suffix", "eagle with suffix"])
 def test_sampling_is_reproducible(llama: Case, draft: str) -> None:
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Sampling through the whole loop: the joint distribution of three tokens is the verifier's own.
 
 10,000 sequences of a verifier with 8 tokens, so that all 512 continuations can be enumerated;
-false-alarm rate 1e-4 per test. Two planted errors are rejected at that size, each with a power
+false-alarm rate 1e-4 per test. Three planted errors are rejected at that size, each with a power
 above 0.999.
 """
 
@@ -15,13 +15,15 @@ from tests.decoding.chi_square import ChiSquare, chi_square
 from tests.decoding.drafts import make_draft
 from torch import Tensor
 
-from speculators.decoding import verification
+from speculators.decoding import combined_drafter, verification
 from speculators.decoding.chain import ChainDrafter
+from speculators.decoding.combined_drafter import CombinedDrafter
 from speculators.decoding.draft_models import Draft
-from speculators.decoding.drafters import NgramDrafter
+from speculators.decoding.drafters import NgramDrafter, Proposal
 from speculators.decoding.generation import generate
-from speculators.decoding.sampling import Sampling
+from speculators.decoding.sampling import GREEDY, Sampling
 from speculators.decoding.settings import GenerationSettings
+from speculators.decoding.suffix_drafter import SuffixDrafter, suffix_corpus
 from speculators.models.verifier.verifier import Verifier
 
 V = 8
@@ -105,6 +107,57 @@ def test_an_n_gram_drafter_changes_nothing(verifier: Verifier) -> None:
     found, tau = run(verifier, NgramDrafter(2, 1), PLAIN)
     assert not found.rejected
     assert tau > 1.05
+
+
+def test_a_suffix_drafter_changes_nothing(verifier: Verifier) -> None:
+    drafter = SuffixDrafter(suffix_corpus([[5, 2, 2, 3, 3, 1]]), doubt=0.0)
+    found, tau = run(verifier, drafter, PLAIN)
+    assert not found.rejected
+    assert tau > 1.05
+
+
+class Mixed(CombinedDrafter):
+    """Of every three rows the first expects nothing of the model, so that matches draft."""
+
+    def _expected_before_drawing(self, count: int) -> list[float]:
+        expected = super()._expected_before_drawing(count)
+        return [mean * (row % 3 > 0) for row, mean in enumerate(expected)]
+
+
+class Lucky(Mixed):
+    """Lets matches draft where a token was drawn that the model found unlikely."""
+
+    def propose(self, count: int, uniforms: Tensor | None) -> Proposal:
+        """See ``CombinedDrafter``."""
+        found = self._model.propose(count, uniforms)
+        assert found.probabilities is not None
+        q = found.probabilities.gather(2, found.tokens[..., None])[:, 0, 0]
+        chains = self._suffix.propose_chains(count)
+        wins = [bool(chain.score > 0 and p < 1 / V) for chain, p in zip(chains, q, strict=True)]
+        self._was_model = [not won for won in wins]
+        return combined_drafter._exchange(found, chains, wins)
+
+
+def combined(verifier: Verifier, kind: type[CombinedDrafter], sampling: Sampling) -> Any:
+    model = ChainDrafter(make_draft("eagle", verifier), verifier, sampling)
+    return kind(model, SuffixDrafter(suffix_corpus([[3, 2, 2, 2, 3, 6]]), doubt=0.0))
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, CUT])
+@pytest.mark.parametrize("draft_sampling", ["sample", "greedy"])
+def test_a_draft_model_with_matches_changes_nothing(
+    verifier: Verifier, draft_sampling: str, sampling: Sampling
+) -> None:
+    settings: Any = GREEDY if draft_sampling == "greedy" else sampling
+    found, tau = run(verifier, combined(verifier, Mixed, settings), sampling)
+    assert not found.rejected
+    assert tau > 1.02
+
+
+def test_a_choice_that_looks_at_drawn_tokens_is_noticed(verifier: Verifier) -> None:
+    found, _ = run(verifier, combined(verifier, Lucky, PLAIN), PLAIN)
+    assert found.rejected
+    assert found.power > 0.999
 
 
 class ChosenWithQ(ChainDrafter):

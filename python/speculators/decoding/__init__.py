@@ -1,17 +1,19 @@
 """Decoding: drafting, verification, and the loop that joins them without changing the output.
 
-================  =================================================================================
-``generation``    ``generate``, ``generate_stream``: the lossless loop
-``settings``      ``GenerationSettings``: what a caller can choose
-``drafters``      ``Drafter``: what drafts; ``NgramDrafter``, which needs no model
-``chain``         ``ChainDrafter``: drafts with a model, one token after the other
-``draft_models``  which drafter serves a model
-``verification``  which drafted tokens are accepted: greedy, and by sampling
-``sampling``      ``Sampling``: temperature, top-k, top-p; draws from random numbers
-``stopping``      where a text ends
-``acceptance``    ``AcceptanceCounts``: tau, and acceptance by position
-``divergence``    where two continuations part, and by how little
-================  =================================================================================
+====================  =============================================================================
+``generation``        ``generate``, ``generate_stream``: the lossless loop
+``settings``          ``GenerationSettings``: what a caller can choose
+``drafters``          ``Drafter``: what drafts; ``NgramDrafter``, which needs no model
+``chain``             ``ChainDrafter``: drafts with a model, one token after the other
+``suffix_drafter``    ``SuffixDrafter``: drafts what followed the same tokens before, by counts
+``combined_drafter``  ``CombinedDrafter``: a model or matches, whichever expects more
+``draft_models``      which drafter serves a model
+``verification``      which drafted tokens are accepted: greedy, and by sampling
+``sampling``          ``Sampling``: temperature, top-k, top-p; draws from random numbers
+``stopping``          where a text ends
+``acceptance``        ``AcceptanceCounts``: tau, and acceptance by position
+``divergence``        where two continuations part, and by how little
+====================  =============================================================================
 
 The modules are imported when first named.
 """
@@ -23,8 +25,10 @@ from speculators.lazy_facade import lazy_facade
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.decoding.acceptance import AcceptanceCounts as AcceptanceCounts
     from speculators.decoding.chain import ChainDrafter as ChainDrafter
+    from speculators.decoding.combined_drafter import CombinedDrafter as CombinedDrafter
     from speculators.decoding.divergence import Divergence as Divergence
     from speculators.decoding.divergence import first_divergence as first_divergence
+    from speculators.decoding.draft_models import WithSuffix as WithSuffix
     from speculators.decoding.drafters import Drafter as Drafter
     from speculators.decoding.drafters import NgramDrafter as NgramDrafter
     from speculators.decoding.drafters import Proposal as Proposal
@@ -33,10 +37,13 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.decoding.generation import generate_stream as generate_stream
     from speculators.decoding.sampling import Sampling as Sampling
     from speculators.decoding.settings import GenerationSettings as GenerationSettings
+    from speculators.decoding.suffix_drafter import SuffixDrafter as SuffixDrafter
+    from speculators.decoding.suffix_drafter import suffix_corpus as suffix_corpus
 
 _DEFINED_IN = {
     "AcceptanceCounts": "speculators.decoding.acceptance",
     "ChainDrafter": "speculators.decoding.chain",
+    "CombinedDrafter": "speculators.decoding.combined_drafter",
     "Divergence": "speculators.decoding.divergence",
     "Drafter": "speculators.decoding.drafters",
     "GenerationOutput": "speculators.decoding.generation",
@@ -44,13 +51,17 @@ _DEFINED_IN = {
     "NgramDrafter": "speculators.decoding.drafters",
     "Proposal": "speculators.decoding.drafters",
     "Sampling": "speculators.decoding.sampling",
+    "SuffixDrafter": "speculators.decoding.suffix_drafter",
+    "WithSuffix": "speculators.decoding.draft_models",
     "first_divergence": "speculators.decoding.divergence",
     "generate": "speculators.decoding.generation",
     "generate_stream": "speculators.decoding.generation",
+    "suffix_corpus": "speculators.decoding.suffix_drafter",
 }
 _MODULES = (
     "acceptance",
     "chain",
+    "combined_drafter",
     "divergence",
     "draft_models",
     "drafters",
@@ -58,6 +69,7 @@ _MODULES = (
     "sampling",
     "settings",
     "stopping",
+    "suffix_drafter",
     "verification",
 )
 

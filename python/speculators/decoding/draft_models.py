@@ -4,10 +4,14 @@ Which drafter serves a model, the record of its algorithm says; how many tokens 
 configuration.
 """
 
+import dataclasses
+
 from speculators.decoding.chain import ChainDrafter
+from speculators.decoding.combined_drafter import CombinedDrafter
 from speculators.decoding.drafters import Drafter
 from speculators.decoding.sampling import GREEDY
 from speculators.decoding.settings import GenerationSettings
+from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.decoding.tree_drafter import TreeDrafter
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
@@ -15,7 +19,21 @@ from speculators.models.verifier.verifier import Verifier
 # Of a drafter that does not say how many tokens it shall draft.
 DEFAULT_DRAFT_TOKENS = 5
 
-Draft = Drafter | SpeculatorModel | None
+
+@dataclasses.dataclass(frozen=True)
+class WithSuffix:
+    """A draft model beside matches; each time the one that expects more tokens accepted drafts.
+
+    Attributes:
+        model: the draft.
+        suffix: what drafts from matches.
+    """
+
+    model: SpeculatorModel
+    suffix: SuffixDrafter = dataclasses.field(default_factory=SuffixDrafter)
+
+
+Draft = Drafter | SpeculatorModel | WithSuffix | None
 
 
 def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) -> Drafter | None:
@@ -24,6 +42,11 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
     Raises:
         ValueError: the model does not fit the verifier, or drafts in a way that is not known.
     """
+    if isinstance(draft, WithSuffix):
+        model = drafter_for(draft.model, verifier, dataclasses.replace(settings, tree=None))
+        if not isinstance(model, ChainDrafter):  # with another kind of drafter this must change
+            raise TypeError(f"got a {type(model).__name__}; expected a drafter of chains")
+        return CombinedDrafter(model, draft.suffix)
     if not isinstance(draft, SpeculatorModel):
         return draft
     if draft.spec.drafting != "chain":
@@ -42,6 +65,8 @@ def num_draft_tokens(draft: Draft, settings: GenerationSettings) -> int:
         return 0
     if settings.num_draft_tokens is not None:
         return settings.num_draft_tokens
+    if isinstance(draft, WithSuffix):
+        return num_draft_tokens(draft.model, settings)
     if isinstance(draft, SpeculatorModel):
         methods = draft.config.speculators_config
         for method in methods.proposal_methods:

@@ -7,6 +7,7 @@ weighs all of them, and knows how sure it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ class SuffixDrafter:
         min_match: shorter matches count for nothing.
         factor: a match of m tokens drafts at most ``factor * m``.
         min_probability: of a drafted token, all before it included.
-        doubt: how much a match is distrusted; see :meth:`~speculators.ops.host.SuffixIndex.propose`.
+        doubt: how much a match is distrusted, see :meth:`~speculators.ops.host.SuffixIndex.propose`.
+            With 2 the estimates are about right on the tiny verifier's texts: what followed a match
+            of m tokens that occurs once follows again in m of m + 2 cases.
         capacity: tokens of a sequence that are kept, the newest ones.
 
     Raises:
@@ -58,9 +61,9 @@ class SuffixDrafter:
         *,
         remember: bool = False,
         min_match: int = 1,
-        factor: float = 2.0,
-        min_probability: float = 0.1,
-        doubt: float = 1.0,
+        factor: float = 8.0,
+        min_probability: float = 0.02,
+        doubt: float = 2.0,
         capacity: int = 2**17,
     ) -> None:
         self._corpus = SuffixIndex(max_match=MAX_MATCH) if remember and corpus is None else corpus
@@ -72,7 +75,7 @@ class SuffixDrafter:
         self._capacity = capacity
         self._rows: list[_Row] = []
         self._device = torch.device("cpu")
-        self._draft(_Row(SuffixIndex(capacity, MAX_MATCH)), 1, tree=False)  # checks the numbers
+        self._draft(_Row(self._new_index(), []), 1, tree=False)  # the index checks the numbers
 
     def prefill(
         self,
@@ -88,9 +91,7 @@ class SuffixDrafter:
         self._rows = []
         prompts, nexts = input_ids.tolist(), next_tokens.tolist()
         for prompt, length, token in zip(prompts, lengths, nexts, strict=True):
-            row = _Row(SuffixIndex(self._capacity, MAX_MATCH))
-            row.add(prompt[len(prompt) - length :])
-            row.output = 0
+            row = _Row(self._new_index(), prompt[len(prompt) - length :])
             row.add([token])
             self._rows.append(row)
 
@@ -109,3 +110,57 @@ class SuffixDrafter:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         self._keep([self._rows[row] for row in set(range(len(self._rows))) - set(rows)])
         self._rows = [self._rows[row] for row in rows]
+
+    def propose_chains(self, count: int) -> list[SuffixDraft]:
+        """Of every row the better chain of at most ``count`` tokens; it may have none."""
+        return [self._draft(row, count, tree=False) for row in self._rows]
+
+    def propose_trees(self, count: int) -> list[SuffixDraft]:
+        """Of every row the better tree of at most ``count`` tokens, parents before children."""
+        return [self._draft(row, count, tree=True) for row in self._rows]
+
+    def proposal(self, chains: Sequence[SuffixDraft]) -> Proposal:
+        """Chains as a proposal; their tokens are chosen, not drawn."""
+        counts = [len(chain.tokens) for chain in chains]
+        tokens = torch.zeros(len(chains), max(counts), dtype=torch.int64)
+        for row, chain in enumerate(chains):
+            tokens[row, : counts[row]] = torch.from_numpy(chain.tokens)
+        return Proposal(tokens.to(self._device), counts=counts)
+
+    def _new_index(self) -> SuffixIndex:
+        return SuffixIndex(self._capacity, MAX_MATCH)
+
+    def _draft(self, row: "_Row", count: int, *, tree: bool) -> SuffixDraft:
+        options: dict[str, Any] = {
+            "factor": self._factor,
+            "min_match": self._min_match,
+            "min_probability": self._min_probability,
+            "doubt": self._doubt,
+            "tree": tree,
+        }
+        draft = row.index.propose(count, **options)
+        if self._corpus is not None and draft.score < count:
+            other = self._corpus.propose(count, context=row.recent, **options)
+            draft = max(draft, other, key=lambda found: found.score)  # the first on ties
+        return draft
+
+    def _keep(self, ended: Iterable["_Row"]) -> None:
+        if self._remember and self._corpus is not None:
+            for row in ended:
+                self._corpus.extend(row.written)
+                self._corpus.end_sequence()
+
+
+class _Row:
+    """One sequence: the index of it, its last tokens, and those that are no prompt."""
+
+    def __init__(self, index: SuffixIndex, prompt: Sequence[int]) -> None:
+        self.index = index
+        self.recent = list(prompt[-MAX_MATCH:])
+        self.written: list[int] = []
+        index.extend(prompt)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        self.index.extend(tokens)
+        self.recent = [*self.recent, *tokens][-MAX_MATCH:]
+        self.written += tokens

@@ -1,0 +1,126 @@
+"""``CombinedDrafter``: a draft model and matches; for each row the one that expects more wins.
+
+Both follow the whole text. The model's cache takes the verifier's states of the new tokens, whoever
+drafted them, so that it is what it would be had the model drafted all along.
+
+The choice must not spoil the output. Where the model takes its likeliest tokens, everything that is
+drafted follows from the text so far, and any choice is allowed: the tokens' probabilities decide.
+Where it draws its tokens from q, a choice that looked at them would change their distribution, and
+q would no longer be what they were drawn from. Then the choice rests on what is known before the
+draw: how many of the model's tokens were accepted in this row until now. Rows of matches have all
+mass on their tokens, which in a proposal with q is a q of ones and zeros.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from speculators.decoding.chain import ChainDrafter
+from speculators.decoding.drafters import Proposal
+from speculators.decoding.suffix_drafter import SuffixDrafter
+from speculators.ops.host import SuffixDraft
+
+
+class CombinedDrafter:
+    """Drafts with a model or from matches; a :class:`~speculators.decoding.drafters.Drafter`.
+
+    Where no row's model can expect more than the matches promise, the model does not run.
+
+    Args:
+        model: the model's drafter.
+        suffix: the matches'.
+    """
+
+    def __init__(self, model: ChainDrafter, suffix: SuffixDrafter) -> None:
+        self.capture = model.capture
+        self._model = model
+        self._suffix = suffix
+        # Of each row: whether its last draft was the model's; how many such there were, and how
+        # many tokens of them were accepted.
+        self._was_model: list[bool] = []
+        self._drafts: list[int] = []
+        self._accepted: list[int] = []
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        next_tokens: Tensor,
+        streams: Mapping[int, Tensor],
+    ) -> None:
+        """See :class:`~speculators.decoding.drafters.Drafter`."""
+        self._model.prefill(input_ids, lengths, next_tokens, streams)
+        self._suffix.prefill(input_ids, lengths, next_tokens, streams)
+        self._was_model = [False] * len(lengths)
+        self._drafts = [0] * len(lengths)
+        self._accepted = [0] * len(lengths)
+
+    def propose(self, count: int, uniforms: Tensor | None) -> Proposal:
+        """See :class:`~speculators.decoding.drafters.Drafter`."""
+        chains = self._suffix.propose_chains(count)
+        proposal: Proposal | None = None
+        if uniforms is not None and self._model.draws:
+            expected = self._expected_before_drawing(count)
+            if not _all_win(chains, expected):
+                proposal = self._model.propose(count, uniforms)
+        else:
+            # No token of a chain is likelier than its first.
+            expected = (self._model.first_probability() * count).tolist()
+            if not _all_win(chains, expected):
+                proposal, scores = self._model.propose_scored(count)
+                expected = scores.tolist()
+        wins = [chain.score > least for chain, least in zip(chains, expected, strict=True)]
+        self._was_model = [not won for won in wins]
+        if proposal is None:
+            return self._suffix.proposal(chains)
+        return _exchange(proposal, chains, wins)
+
+    def _expected_before_drawing(self, count: int) -> list[float]:
+        """The mean of accepted tokens so far; at first all are expected to be accepted."""
+        return [
+            (count + accepted) / (1 + drafts)
+            for accepted, drafts in zip(self._accepted, self._drafts, strict=True)
+        ]
+
+    def update(self, tokens: Tensor, counts: Sequence[int], streams: Mapping[int, Tensor]) -> None:
+        """See :class:`~speculators.decoding.drafters.Drafter`."""
+        self._model.update(tokens, counts, streams)
+        self._suffix.update(tokens, counts, streams)
+        for row, count in enumerate(counts):
+            if self._was_model[row]:
+                self._drafts[row] += 1
+                self._accepted[row] += count - 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """See :class:`~speculators.decoding.drafters.Drafter`."""
+        self._model.select(rows)
+        self._suffix.select(rows)
+        self._was_model = [self._was_model[row] for row in rows]
+        self._drafts = [self._drafts[row] for row in rows]
+        self._accepted = [self._accepted[row] for row in rows]
+
+
+def _all_win(chains: Sequence[SuffixDraft], expected: Sequence[float]) -> bool:
+    return all(chain.score > least for chain, least in zip(chains, expected, strict=True))
+
+
+def _exchange(
+    proposal: Proposal, chains: Sequence[SuffixDraft], wins: Sequence[bool]
+) -> Proposal:
+    """The model's proposal with the chains in the rows where they win."""
+    width = proposal.tokens.shape[1]
+    if not any(wins):
+        return proposal
+    tokens, q_BKV = proposal.tokens.clone(), proposal.probabilities
+    q_BKV = None if q_BKV is None else q_BKV.clone()
+    counts = [width] * len(wins)
+    for row, chain in enumerate(chains):
+        if wins[row]:
+            counts[row] = length = len(chain.tokens)
+            chosen = torch.from_numpy(chain.tokens).to(tokens)
+            tokens[row, :length] = chosen
+            if q_BKV is not None:
+                q_BKV[row, :length] = 0.0
+                q_BKV[row, torch.arange(length, device=tokens.device), chosen] = 1.0
+    return Proposal(tokens, q_BKV, counts)

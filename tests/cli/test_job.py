@@ -77,6 +77,7 @@ def test_it_makes_and_measures_a_draft_for_any_verifier(
     out = tmp_path / "out"
     command: list[Any] = ["train", f"--algo={algorithm}", "--verifier", verifier, "--data", data]
     options = [*BUDGET, "--draft.draft-vocab-size=500"] if algorithm == "eagle3" else BUDGET
+    options = [*options, "--evaluate.suffix=true"]
     result = run(*command, "--output-dir", out, *options)
     assert result.exit_code == 0, result.output
     assert "tau" in result.output
@@ -90,6 +91,7 @@ def test_it_makes_and_measures_a_draft_for_any_verifier(
     assert report["tokens_per_second"] > 0
     assert report["baseline_tokens_per_second"] > 0
     assert len(report["acceptance_by_position"]) == 5
+    assert list(report["drafters"]) == [algorithm, "n-gram", "suffix"]
     assert (out / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     assert str(report["tau"])[:4] in (out / "report.md").read_text()
     made = yaml.safe_load((out / "run.yaml").read_text())
@@ -117,13 +119,19 @@ def test_stages_find_what_the_others_left(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Count to 9."}\n{"prompt": "Count."}\n')
     result = run(
-        "evaluate", tmp_path / "out", "ngram", "--prompts", prompts, "--k=2", "--dtype=float32",
-        "--evaluate.max-new-tokens=5", "--output-dir", tmp_path / "report",
+        "evaluate", tmp_path / "out", "ngram", f"{tmp_path}/out+suffix", "--draft=suffix",
+        "--prompts", prompts, "--k=2", "--dtype=float32", "--evaluate.max-new-tokens=5",
+        "--suffix-corpus", tmp_path / "out/data/hidden_states", "--output-dir", tmp_path / "report",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = EvaluationReport.read(tmp_path / "report/report.json")
-    assert list(report.drafters) == ["out", "n-gram"]
-    assert report.identical
+    assert [(name, drafter.kind) for name, drafter in report.drafters.items()] == [
+        ("out", "hass"),
+        ("n-gram", "NgramDrafter"),
+        ("out+suffix", "hass + suffix"),
+        ("suffix", "SuffixDrafter"),
+    ]
+    assert all(drafter.comparison.identical for drafter in report.drafters.values())
     assert len(report.acceptance_by_position) == 2
 
 
@@ -187,6 +195,21 @@ def test_a_mistake_is_one_line(
     assert len(line) == 1
     assert message in result.output
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts=x"], "there is no draft; name folders, Hub names, ngram or suffix"),
+        (["suffix"], "no draft names its verifier; give it with --verifier"),
+        (["ngram", "--against-vllm"], "vLLM could read no directory of ngram; leave it out"),
+        (["a+suffix", "--against-vllm"], "vLLM could read no directory of a+suffix"),
+    ],
+)
+def test_a_mistake_in_what_to_evaluate_is_one_line(arguments: list[str], message: str) -> None:
+    result = run("evaluate", *arguments)
+    assert result.exit_code == 2, result.output
+    assert f"error: {message}" in " ".join(result.output.split())
 
 
 def test_empty_data_and_a_draft_of_another_verifier_are_mistakes(

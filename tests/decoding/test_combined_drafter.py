@@ -101,7 +101,7 @@ class Recorded(CombinedDrafter):
         """See ``CombinedDrafter``."""
         super().update(tokens, counts, streams)
         for text, row, count in zip(self.texts, tokens.tolist(), counts, strict=True):
-            text += row[:count]
+            text.extend(row[:count])
 
     def select(self, rows: Sequence[int]) -> None:
         """See ``CombinedDrafter``."""

@@ -1,4 +1,4 @@
-"""The suffix drafter: each row drafts from its own text, and from the corpus where that is better."""
+"""The suffix drafter: a row drafts from its own text, or from the corpus where that is better."""
 
 from typing import Any
 

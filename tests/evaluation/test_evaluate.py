@@ -9,6 +9,7 @@ import torch
 from tests.models.verifier_models import VOCABULARY, make, tokens
 
 from speculators.decoding import GenerationOutput, GenerationSettings, NgramDrafter, generate
+from speculators.decoding.draft_models import WithSuffix
 from speculators.decoding.drafters import Proposal
 from speculators.decoding.sampling import GREEDY, Sampling
 from speculators.evaluation import DrafterResult, EvaluationReport, Prompt, decoders
@@ -151,16 +152,20 @@ def test_several_drafters_side_by_side(verifier: Verifier, prompts: list[Prompt]
         "small": draft(verifier, "eagle3", draft_vocab_size=9, speculative_tokens=3),
         "ngram": "ngram",
         "eagle": draft(verifier, speculative_tokens=2),
+        "suffix": "suffix",
+        "both": WithSuffix(draft(verifier, speculative_tokens=4)),
     }
     prompts = prompts[:3]
     report = run(verifier, drafters, prompts, compare_transformers=True, repeats=2, warmup=1)
-    assert list(report.drafters) == ["small", "ngram", "eagle"]
+    assert list(report.drafters) == list(drafters)
     assert report.main == "small"
-    assert [result.acceptance.k for result in report.drafters.values()] == [3, 5, 2]
+    assert [result.acceptance.k for result in report.drafters.values()] == [3, 5, 2, 5, 4]
     assert [result.kind for result in report.drafters.values()] == [
         "eagle3",
         "NgramDrafter",
         "eagle",
+        "SuffixDrafter",
+        "eagle + suffix",
     ]
     for name, drafter in drafters.items():
         result = report.drafters[name]
@@ -172,7 +177,7 @@ def test_several_drafters_side_by_side(verifier: Verifier, prompts: list[Prompt]
         )
         assert result.draft_time_share is not None
         assert 0 < result.draft_time_share < 1
-        if name != "ngram":
+        if name in {"small", "eagle"}:
             k = result.acceptance.k
             check_figures(result, traces(verifier, drafter, prompts, k), k)
     assert report.transformers is not None
@@ -318,7 +323,7 @@ def test_wrong_arguments(verifier: Verifier, prompts: list[Prompt]) -> None:
     for drafters, asked, options, words in (
         ({}, prompts, {}, ["0 drafters"]),
         (good, [], {}, ["0 prompts"]),
-        ({"x": "bigram"}, prompts, {}, ["'x'", "bigram", "ngram"]),
+        ({"x": "bigram"}, prompts, {}, ["'x'", "bigram", "ngram", "suffix"]),
         (good, prompts, {"batch_size": 0}, ["batch_size is 0"]),
         (good, prompts, {"repeats": 0}, ["repeats is 0"]),
         (good, prompts, {"warmup": -1}, ["warmup is -1"]),

@@ -157,9 +157,7 @@ def test_the_suffix_index_and_its_twin_agree(
 
 
 @pytest.mark.parametrize("kind", ["compiled", "twin"])
-def test_what_the_suffix_index_refuses_is_named(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_suffix_index_refuses_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "twin":
         monkeypatch.setattr(host, "_index_class", suffix_index_python.SuffixIndexPython)
         monkeypatch.setattr(host, "_limits_class", suffix_index_python.SuffixDraftLimits)
@@ -171,14 +169,15 @@ def test_what_the_suffix_index_refuses_is_named(
             host.SuffixIndex(*arguments)
     index = host.SuffixIndex(9, 3)
     index.extend([])
-    for tokens, message in (
+    wrong: Any
+    for wrong, message in (
         ([1, -2], "token 1 is -2, expected an id between 0 and 2147483647"),
         (np.array([2**31]), "token 0 is 2147483648"),
         (np.zeros((2, 2), np.int64), "2 dimensions, expected 1"),
         (np.int64(3), "0 dimensions, expected 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            index.extend(tokens)
+            index.extend(wrong)
     with pytest.raises(TypeError, match="tokens of dtype float64; expected integers"):
         index.extend(np.array([1.0]))
     assert len(index) == 0

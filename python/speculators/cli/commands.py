@@ -111,9 +111,15 @@ def generate(
 def evaluate(
     context: typer.Context,
     drafts: Annotated[
-        list[str],
-        typer.Argument(help="Draft folders or Hub names, or ngram, side by side."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            help="Side by side: draft folders or Hub names, ngram, suffix, or FOLDER+suffix."
+        ),
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option("--draft", help="Another of them; may be given several times."),
+    ] = None,
     verifier: VerifierPath = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="A file of prompts, as for training.")
@@ -122,6 +128,10 @@ def evaluate(
     output_dir: OutputDir = None,
     k: Annotated[
         int | None, typer.Option("--k", help="Tokens drafted before each verification.")
+    ] = None,
+    suffix_corpus: Annotated[
+        str | None,
+        typer.Option("--suffix-corpus", help="Earlier outputs for suffix: a folder or a file."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="The verifier's: float32, bfloat16, auto.")
@@ -140,20 +150,29 @@ def evaluate(
 ) -> None:
     """Decode prompts with and without drafts: tokens per verification, speed, and equality.
 
+    ngram and suffix draft from the text itself and need no model. With FOLDER+suffix the model and
+    the suffix drafter work together: for each token, the one that expects more drafts.
+
     With --against-vllm the same prompts go through vLLM, and what it accepts must be the same.
     """
     with one_line_errors():
         from speculators.cli.evaluation import compare_with_vllm, evaluate_drafts
 
         # Settings by their dotted names arrive among the drafts, which take all that is left.
-        context.args.extend(word for word in drafts if word.startswith("--"))
-        drafts = [word for word in drafts if not word.startswith("--")]
-        words = {"evaluate.prompts": prompts, "evaluate.k": k, "verifier.dtype": dtype}
+        named = drafts or []
+        context.args.extend(word for word in named if word.startswith("--"))
+        named = [*(word for word in named if not word.startswith("--")), *(draft or [])]
+        words = {
+            "evaluate.prompts": prompts,
+            "evaluate.k": k,
+            "evaluate.suffix_corpus": suffix_corpus,
+            "verifier.dtype": dtype,
+        }
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)
         if against_vllm or endpoint is not None:
-            compare_with_vllm(settings, drafts, output_dir, vllm_python, endpoint)
+            compare_with_vllm(settings, named, output_dir, vllm_python, endpoint)
         else:
-            evaluate_drafts(settings, drafts, output_dir)
+            evaluate_drafts(settings, named, output_dir)
 
 
 def _recipe(

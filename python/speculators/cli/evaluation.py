@@ -12,14 +12,20 @@ from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe, VerifierSettings
 from speculators.configs.model_config import SpeculatorModelConfig
-from speculators.evaluation.evaluate import NGRAM, AnyDrafter, evaluate
+from speculators.decoding.draft_models import WithSuffix
+from speculators.decoding.suffix_drafter import SuffixDrafter
+from speculators.evaluation.evaluate import NGRAM, SUFFIX, AnyDrafter, evaluate
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport, table
+from speculators.evaluation.suffix_corpus import read_suffix_corpus
 from speculators.integrations.vllm.contract import check as contract
 from speculators.integrations.vllm.contract.endpoint import Endpoint
 from speculators.models.hub import local_directory
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
+
+WITH_SUFFIX = "+suffix"
+"""Behind a folder's name: the model and the suffix drafter together."""
 
 
 def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | None) -> None:
@@ -27,13 +33,21 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
 
     Args:
         recipe: verifier and evaluation settings; without a verifier, the first draft's.
-        drafts: folders or Hub names, or ``"ngram"``.
+        drafts: folders or Hub names, each with ``"+suffix"`` behind it or without, ``"ngram"`` and
+            ``"suffix"``.
         output: where the report goes; by default the first draft's folder.
     """
     verifier, models, folders = _load(recipe, drafts)
-    drafters: dict[str, AnyDrafter] = {
-        name: models.get(draft, NGRAM) for name, draft in _names(drafts, folders).items()
-    }
+    suffix = suffix_drafter(recipe, verifier)
+    free: dict[str, AnyDrafter] = {NGRAM: NGRAM, SUFFIX: suffix}
+
+    def drafter(draft: str) -> AnyDrafter:
+        if draft in free:
+            return free[draft]
+        model = models[draft.removesuffix(WITH_SUFFIX)]
+        return WithSuffix(model, suffix) if draft.endswith(WITH_SUFFIX) else model
+
+    drafters = {name: drafter(draft) for name, draft in _names(drafts).items()}
     progress = ConsoleProgress()
     report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
     progress.stop()
@@ -63,13 +77,14 @@ def compare_with_vllm(
     Raises:
         ContractError: vLLM could not be asked, or accepts something else.
     """
-    if NGRAM in drafts:
-        raise UsageError("n-gram drafts are no directory that vLLM could read; leave ngram out")
+    for draft in drafts:
+        if _folder(draft) != draft:
+            raise UsageError(f"vLLM could read no directory of {draft}; leave it out")
     verifier, models, folders = _load(recipe, drafts)
     settings = recipe.evaluate
     report = contract.check_contract(
         verifier,
-        {name: (models[draft], folders[draft]) for name, draft in _names(drafts, folders).items()},
+        {name: (models[draft], folders[draft]) for name, draft in _names(drafts).items()},
         [prompt.ids.tolist() for prompt in _prompts(recipe, verifier)],
         contract.run_engine(python or sys.executable) if endpoint is None else Endpoint(endpoint),
         k=settings.k,
@@ -108,6 +123,14 @@ def measure(
     )
 
 
+def suffix_drafter(recipe: Recipe, verifier: Verifier) -> SuffixDrafter:
+    """The suffix drafter with the corpus that a recipe names, if it does."""
+    corpus = recipe.evaluate.suffix_corpus
+    if corpus is None:
+        return SuffixDrafter()
+    return SuffixDrafter(read_suffix_corpus(corpus, verifier.tokenizer))
+
+
 def load_verifier(settings: VerifierSettings, path: str) -> Verifier:
     """Loads a verifier as a recipe says, from a path or a name on the Hub."""
     return Verifier.from_pretrained(
@@ -122,8 +145,11 @@ def load_verifier(settings: VerifierSettings, path: str) -> Verifier:
 def _load(
     recipe: Recipe, drafts: Sequence[str]
 ) -> tuple[Verifier, dict[str, SpeculatorModel], dict[str, pathlib.Path]]:
-    """The verifier, and for each draft but the n-gram drafter its model and its folder."""
-    folders = {draft: local_directory(draft) for draft in drafts if draft != NGRAM}
+    """The verifier, and for each draft that has a model this and its folder."""
+    if not drafts:
+        raise UsageError("there is no draft; name folders, Hub names, ngram or suffix")
+    named = [folder for draft in drafts if (folder := _folder(draft)) is not None]
+    folders = {folder: local_directory(folder) for folder in named}
     verifier = _verifier_of(recipe, folders)
     models = {
         draft: SpeculatorModel.from_pretrained(folder, verifier=verifier, device=verifier.device)
@@ -157,9 +183,14 @@ def _from_here(path: str) -> str:
     return str(pathlib.Path(path).relative_to(here)) if below else path
 
 
-def _names(drafts: Sequence[str], folders: dict[str, pathlib.Path]) -> dict[str, str]:
+def _folder(draft: str) -> str | None:
+    """The folder or Hub name that a draft names, None for one without a model."""
+    return None if draft in {NGRAM, SUFFIX} else draft.removesuffix(WITH_SUFFIX)
+
+
+def _names(drafts: Sequence[str]) -> dict[str, str]:
     """A short name for each draft: its folder's, or the whole where two would be alike."""
-    short = [pathlib.Path(draft).name if draft in folders else "n-gram" for draft in drafts]
+    short = ["n-gram" if draft == NGRAM else pathlib.Path(draft).name for draft in drafts]
     return {
         name if short.count(name) == 1 else draft: draft
         for name, draft in zip(short, drafts, strict=True)

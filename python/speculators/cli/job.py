@@ -20,7 +20,7 @@ import datasets
 import torch
 import transformers
 
-from speculators.cli.evaluation import load_verifier, measure
+from speculators.cli.evaluation import load_verifier, measure, suffix_drafter
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe
@@ -219,6 +219,8 @@ class Job:
         drafters: dict[str, AnyDrafter] = {self.recipe.algorithm: draft.to(self.verifier.device)}
         if settings.ngram:
             drafters["n-gram"] = NGRAM
+        if settings.suffix:
+            drafters["suffix"] = suffix_drafter(self.recipe, self.verifier)
         report = measure(self.verifier, drafters, prompts, self.recipe, self.progress)
         report.write(self.folders.output)
         return report

@@ -132,6 +132,9 @@ class EvaluateSettings(_Settings):
         batch_size: prompts decoded at once.
         temperature: 0 for greedy decoding.
         ngram: whether prompt lookup, which needs no draft model, is measured beside it.
+        suffix: whether suffix drafting, which needs none either, is measured beside it.
+        suffix_corpus: earlier outputs that suffix drafting finds matches in, besides prompt and
+            output: a folder of generate or prepare, or a file as for training.
         repeats: how often everything is timed.
     """
 
@@ -142,6 +145,8 @@ class EvaluateSettings(_Settings):
     batch_size: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     ngram: bool = True
+    suffix: bool = False
+    suffix_corpus: str | None = None
     repeats: int = Field(default=1, ge=1)
 
 
@@ -265,6 +270,9 @@ def _value(text: str) -> Any:
     return value
 
 
+_EVALUATION_FILES = (("evaluate", "prompts"), ("evaluate", "suffix_corpus"))
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -272,7 +280,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}; expected settings by name")
-    for section, name in ((None, "data"), ("verifier", "path"), ("evaluate", "prompts")):
+    for section, name in ((None, "data"), ("verifier", "path"), *_EVALUATION_FILES):
         place = content if section is None else content.get(section)
         if isinstance(place, dict) and isinstance(place.get(name), str):
             beside = path.parent / place[name]

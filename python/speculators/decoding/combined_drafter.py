@@ -105,9 +105,7 @@ def _all_win(chains: Sequence[SuffixDraft], expected: Sequence[float]) -> bool:
     return all(chain.score > least for chain, least in zip(chains, expected, strict=True))
 
 
-def _exchange(
-    proposal: Proposal, chains: Sequence[SuffixDraft], wins: Sequence[bool]
-) -> Proposal:
+def _exchange(proposal: Proposal, chains: Sequence[SuffixDraft], wins: Sequence[bool]) -> Proposal:
     """The model's proposal with the chains in the rows where they win."""
     width = proposal.tokens.shape[1]
     if not any(wins):

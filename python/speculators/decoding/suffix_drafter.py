@@ -44,9 +44,9 @@ class SuffixDrafter:
         min_match: shorter matches count for nothing.
         factor: a match of m tokens drafts at most ``factor * m``.
         min_probability: of a drafted token, all before it included.
-        doubt: how much a match is distrusted, see :meth:`~speculators.ops.host.SuffixIndex.propose`.
-            With 2 the estimates are about right on the tiny verifier's texts: what followed a match
-            of m tokens that occurs once follows again in m of m + 2 cases.
+        doubt: how much a match is distrusted, see ``SuffixIndex.propose`` in ``ops.host``. With 2
+            the estimates are about right on the tiny verifier's texts: what followed a match of m
+            tokens that occurs once follows again in m of m + 2 cases.
         capacity: tokens of a sequence that are kept, the newest ones.
 
     Raises:

@@ -3,6 +3,7 @@
 =========================  =======================================================================
 ``evaluate``               the stage: held-out prompts, several drafters side by side, one report
 ``prompts``                conversations, texts or token ids from files -> prompts
+``suffix_corpus``          earlier outputs for the suffix drafter, from files
 ``acceptance``             tau with its interval, acceptance by position, from what the loop counted
 ``decoders``               what is compared: plain decoding, with each drafter, transformers' own
 ``transformers_generate``  the baseline
@@ -26,12 +27,14 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.evaluation.report import EvaluationReport as EvaluationReport
     from speculators.evaluation.report import table as table
     from speculators.evaluation.results import DrafterResult as DrafterResult
+    from speculators.evaluation.suffix_corpus import read_suffix_corpus as read_suffix_corpus
 
 _DEFINED_IN = {
     "DrafterResult": "speculators.evaluation.results",
     "EvaluationReport": "speculators.evaluation.report",
     "Prompt": "speculators.evaluation.prompts",
     "read_prompts": "speculators.evaluation.prompts",
+    "read_suffix_corpus": "speculators.evaluation.suffix_corpus",
     "table": "speculators.evaluation.report",
 }
 # The stage is speculators.evaluation.evaluate.evaluate: a module and a function cannot both be
@@ -46,6 +49,7 @@ _MODULES = (
     "report",
     "results",
     "speed",
+    "suffix_corpus",
     "transformers_generate",
 )
 

@@ -12,7 +12,7 @@ import torch
 
 from speculators.data.ordering import derived_seed
 from speculators.decoding.acceptance import AcceptanceCounts
-from speculators.decoding.draft_models import drafter_for, num_draft_tokens
+from speculators.decoding.draft_models import WithSuffix, drafter_for, num_draft_tokens
 from speculators.decoding.drafters import Drafter
 from speculators.decoding.generation import generate
 from speculators.decoding.sampling import Sampling
@@ -43,6 +43,7 @@ class Decoded:
 
 
 Run = Callable[[int], Decoded]
+AnyDraft = SpeculatorModel | WithSuffix | Drafter
 
 
 class Batches:
@@ -78,7 +79,7 @@ class Batches:
     def __getitem__(self, number: int) -> Sequence[Prompt]:
         return self._batches[number]
 
-    def k(self, draft: SpeculatorModel | Drafter) -> int:
+    def k(self, draft: AnyDraft) -> int:
         """Tokens that a drafter drafts each time."""
         return num_draft_tokens(draft, self._settings)
 
@@ -86,7 +87,7 @@ class Batches:
         """Our engine without a drafter."""
         return self._ours(None, self._settings)
 
-    def speculative(self, draft: SpeculatorModel | Drafter) -> Run:
+    def speculative(self, draft: AnyDraft) -> Run:
         """Our engine with a drafter."""
         settings = dataclasses.replace(self._settings, num_draft_tokens=self.k(draft))
         drafter = drafter_for(draft, self._verifier, settings)

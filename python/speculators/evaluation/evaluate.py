@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from speculators.data.generate import Progress
 from speculators.decoding.acceptance import AcceptanceCounts
+from speculators.decoding.draft_models import WithSuffix
 from speculators.decoding.drafters import Drafter, NgramDrafter
+from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.evaluation.acceptance import acceptance_result
 from speculators.evaluation.comparison import compare
-from speculators.evaluation.decoders import Batches, Decoded
+from speculators.evaluation.decoders import AnyDraft, Batches, Decoded
 from speculators.evaluation.prompts import Prompt
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.results import (
@@ -31,7 +33,10 @@ from speculators.models.verifier.verifier import Verifier
 NGRAM = "ngram"
 """What stands for an n-gram drafter, which needs no model."""
 
-AnyDrafter = SpeculatorModel | Drafter | str
+SUFFIX = "suffix"
+"""What stands for a suffix drafter, which needs none either."""
+
+AnyDrafter = SpeculatorModel | WithSuffix | Drafter | str
 
 _Done = list[Timed[Decoded]]
 
@@ -57,8 +62,9 @@ def evaluate(
 
     Args:
         verifier: the model whose text it is.
-        drafters: a name for each, to a draft model, another drafter, or ``"ngram"``. The first one
-            is the main one of the report.
+        drafters: a name for each, to a draft model, one with matches beside it (``WithSuffix``),
+            another drafter, ``"ngram"`` or ``"suffix"``. The first one is the main one of the
+            report.
         prompts: what to continue.
         k: tokens drafted before each verification; None: as each draft's configuration says.
         max_new_tokens: tokens that each prompt is continued with, unless its text ends before.
@@ -168,19 +174,28 @@ def _check(
         )
 
 
-def _draft(name: str, draft: AnyDrafter) -> SpeculatorModel | Drafter:
+def _draft(name: str, draft: AnyDrafter) -> AnyDraft:
     if not isinstance(draft, str):
         return draft
-    if draft != NGRAM:
-        raise ValueError(
-            f"the drafter {name!r} is {draft!r}; expected {NGRAM!r}, a draft model or a drafter"
-        )
-    return NgramDrafter()
+    if draft == NGRAM:
+        return NgramDrafter()
+    if draft == SUFFIX:
+        return SuffixDrafter()
+    raise ValueError(
+        f"the drafter {name!r} is {draft!r}; expected {NGRAM!r}, {SUFFIX!r}, a draft model or a "
+        "drafter"
+    )
+
+
+def _kind(draft: AnyDraft) -> str:
+    if isinstance(draft, WithSuffix):
+        return f"{_kind(draft.model)} + {SUFFIX}"
+    return draft.spec.name if isinstance(draft, SpeculatorModel) else type(draft).__name__
 
 
 def _result(
     batches: Batches,
-    draft: SpeculatorModel | Drafter,
+    draft: AnyDraft,
     done: _Done,
     plain: SpeedResult,
     comparison: Comparison | None,
@@ -195,7 +210,7 @@ def _result(
         drafting = sum(batch.result.draft_seconds for batch in done)
         share = drafting / sum(batch.seconds[0] for batch in done)
     return DrafterResult(
-        kind=draft.spec.name if isinstance(draft, SpeculatorModel) else type(draft).__name__,
+        kind=_kind(draft),
         acceptance=acceptance_result(counts, traces, batches.k(draft), batches.seed),
         speed=speed,
         speedup=speed.tokens_per_second / plain.tokens_per_second,

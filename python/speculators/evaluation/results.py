@@ -113,7 +113,8 @@ class DrafterResult(_Result):
     """One drafter.
 
     Attributes:
-        kind: the algorithm of a model, or the drafter's class.
+        kind: the algorithm of a model, with `` + suffix`` where matches draft beside it, or the
+            drafter's class.
         acceptance: what the verifier accepted.
         speed: of decoding with it.
         speedup: its tokens per second, divided by plain decoding's.

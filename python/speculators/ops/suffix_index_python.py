@@ -224,9 +224,7 @@ def _checked(tokens: Tokens) -> list[int]:
     values: list[int] = tokens.tolist()
     for i, token in enumerate(values):
         if not 0 <= token <= _MAX_TOKEN:
-            raise ValueError(
-                f"token {i} is {token}, expected an id between 0 and {_MAX_TOKEN}"
-            )
+            raise ValueError(f"token {i} is {token}, expected an id between 0 and {_MAX_TOKEN}")
     return values
 
 

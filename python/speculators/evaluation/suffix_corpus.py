@@ -23,6 +23,7 @@ from speculators.ops.host import SuffixIndex
 _Ids = NDArray[np.int64]
 _Document = tuple[_Ids, NDArray[np.bool_]]  # token ids, and which of them are output
 
+
 def read_suffix_corpus(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, capacity: int = 2**20, split: str = "train"
 ) -> SuffixIndex:
@@ -77,9 +78,7 @@ def _read(path: Path, tokenizer: PreTrainedTokenizerBase, split: str) -> Iterato
         yield _tokens(record, tokenizer)
 
 
-def _tokens(
-    record: Conversation | Text | Tokens, tokenizer: PreTrainedTokenizerBase
-) -> _Document:
+def _tokens(record: Conversation | Text | Tokens, tokenizer: PreTrainedTokenizerBase) -> _Document:
     if isinstance(record, Conversation):
         try:
             ids, said = chat.render(tokenizer, record.messages, record.tools)

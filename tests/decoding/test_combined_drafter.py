@@ -15,13 +15,14 @@ from speculators.decoding.combined_drafter import CombinedDrafter
 from speculators.decoding.draft_models import WithSuffix, drafter_for
 from speculators.decoding.drafters import Proposal
 from speculators.decoding.generation import generate
-from speculators.decoding.sampling import GREEDY, Sampling
+from speculators.decoding.sampling import Sampling
 from speculators.decoding.settings import GenerationSettings
 from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.models.verifier.verifier import Verifier
 from speculators.ops.host import SuffixDraft
 
 PROMPTS = [tokens(n, seed=n).tolist() for n in (5, 11, 3)]
+HOT = Sampling(1.0)
 SETTINGS = GenerationSettings(max_new_tokens=14, num_draft_tokens=3, eos_token_ids=())
 
 
@@ -58,7 +59,7 @@ class Recorded(CombinedDrafter):
     """Keeps the text, and compares the model's drafts with those of one that read it anew."""
 
     def __init__(self, verifier: Verifier, model: Any, suffix: SuffixDrafter) -> None:
-        super().__init__(ChainDrafter(model, verifier), suffix)
+        super().__init__(ChainDrafter(model, verifier, HOT), suffix)
         self._verifier = verifier
         self._draft = model
         self.texts: list[list[int]] = []
@@ -79,18 +80,19 @@ class Recorded(CombinedDrafter):
 
     def propose(self, count: int, uniforms: Tensor | None) -> Proposal:
         """See ``CombinedDrafter``."""
-        found, expected = self._model.propose_scored(count)
-        first = self._model.first_probability()
+        middle = torch.full((len(self.texts), count), 0.5, dtype=torch.float64)
+        found = self._model.propose(count, middle)
+        assert found.probabilities is not None
         for row, text in enumerate(self.texts):
-            fresh = ChainDrafter(self._draft, self._verifier)
+            fresh = ChainDrafter(self._draft, self._verifier, HOT)
             ids = torch.tensor([text[:-1]])
             streams = self._verifier.prefill(ids, capture=self.capture).captured
             fresh.prefill(ids, [len(text) - 1], torch.tensor(text[-1:]), streams)
-            proposal, score = fresh.propose_scored(count)
-            assert proposal.tokens.tolist() == [found.tokens[row].tolist()]
-            torch.testing.assert_close(score[0], expected[row], rtol=1e-4, atol=1e-5)
+            expected = fresh.propose(count, middle[:1])
+            assert expected.probabilities is not None
+            assert found.tokens[row].tolist() == expected.tokens[0].tolist()
             torch.testing.assert_close(
-                fresh.first_probability()[0], first[row], rtol=1e-4, atol=1e-5
+                found.probabilities[row], expected.probabilities[0], rtol=1e-4, atol=1e-5
             )
             self.compared += 1
         proposal = super().propose(count, uniforms)
@@ -136,47 +138,6 @@ def test_the_models_cache_follows_the_text_whoever_drafts(
         assert winners == [promise == 0 for promise in promised[: len(winners)]]
 
 
-def test_the_longer_expectation_wins(verifier: Verifier) -> None:
-    """The promises lie just above and just below what the model expects of its own tokens."""
-    model = make_draft("eagle", verifier)
-    chain = ChainDrafter(model, verifier)
-    ids = torch.tensor([tokens(6, seed=3).tolist()] * 3)
-    streams = verifier.prefill(ids, capture=chain.capture).captured
-    chain.prefill(ids, [6] * 3, torch.tensor([1, 1, 1]), streams)
-    proposal, expected = chain.propose_scored(3)
-    likely = likely_products(model, verifier, ids[0].tolist(), proposal.tokens[0].tolist())
-    assert float(expected[0]) == pytest.approx(sum(likely), rel=1e-4)
-    assert float(chain.first_probability()[0]) == pytest.approx(likely[0], rel=1e-4)
-    value = float(expected[0])
-    combined = CombinedDrafter(chain, Scripted([[value * 0.99, value * 1.01, 0.0]]))
-    combined.prefill(ids, [6] * 3, torch.tensor([1, 1, 1]), streams)
-    found = combined.propose(3, None)
-    assert found.counts == [3, 2, 3]
-    assert found.tokens[0].tolist() == found.tokens[2].tolist() == proposal.tokens[0].tolist()
-    assert found.tokens[1, :2].tolist() == [7, 7]
-
-
-def likely_products(
-    model: Any, verifier: Verifier, prompt: list[int], drafted: list[int]
-) -> list[float]:
-    """The products of the draft's probabilities, each from a chain that draws with its own q."""
-    hot = ChainDrafter(model, verifier, Sampling(1.0))
-    ids = torch.tensor([prompt])
-    hot.prefill(ids, [6], torch.tensor([1]), verifier.prefill(ids, capture=hot.capture).captured)
-    products = []
-    product = 1.0
-    uniforms = torch.zeros(1, len(drafted), dtype=torch.float64)
-    for place, token in enumerate(drafted):
-        q = hot.propose(len(drafted), uniforms).probabilities
-        assert q is not None
-        before = q[0, place].double().cumsum(0)
-        product *= float(q[0, place, token])
-        products.append(product)
-        # The number with which this token is drawn, so that the chain goes on from it.
-        uniforms[0, place] = before[token] - q[0, place, token].double() / 2
-    return products
-
-
 def test_where_tokens_are_drawn_their_luck_does_not_choose(verifier: Verifier) -> None:
     """Only the past does: whatever is drawn, the same rows are the model's."""
     sampling = Sampling(1.5)
@@ -209,17 +170,32 @@ def test_where_tokens_are_drawn_their_luck_does_not_choose(verifier: Verifier) -
     assert choices == [[2, 3, 3]] * 8
 
 
-def test_a_draft_that_takes_its_likeliest_tokens_is_chosen_by_them(verifier: Verifier) -> None:
-    settings = GenerationSettings(sampling=Sampling(1.5), draft_sampling="greedy")
-    draft = WithSuffix(make_draft("eagle", verifier), Scripted([[99.0, 0.0]]))
+def test_the_model_does_not_run_where_matches_win_in_all_rows(
+    verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GenerationSettings(sampling=Sampling(1.5))
+    draft = WithSuffix(make_draft("eagle", verifier), Scripted([[99.0, 99.0]]))
     combined = drafter_for(draft, verifier, settings)
     assert isinstance(combined, CombinedDrafter)
     ids = torch.tensor([tokens(6, seed=3).tolist()] * 2)
     streams = verifier.prefill(ids, capture=combined.capture).captured
     combined.prefill(ids, [6] * 2, torch.tensor([1, 1]), streams)
+    monkeypatch.setattr(ChainDrafter, "propose", None)
     found = combined.propose(3, torch.rand(2, 3, dtype=torch.float64))
     assert found.probabilities is None
-    assert found.counts == [2, 3]
-    alone = ChainDrafter(draft.model, verifier, GREEDY)
-    alone.prefill(ids, [6] * 2, torch.tensor([1, 1]), streams)
-    assert found.tokens[1].tolist() == alone.propose(3, None).tokens[1].tolist()
+    assert (found.counts, found.tokens.tolist()) == ([2, 2], [[7, 7]] * 2)
+
+
+def test_rows_that_leave_take_their_means_along(verifier: Verifier) -> None:
+    """The first of three leaves; what is promised lies between the means of the other two."""
+    combined = CombinedDrafter(
+        ChainDrafter(make_draft("eagle", verifier), verifier), Scripted([[0.0] * 3, [1.6, 1.6]])
+    )
+    ids = torch.tensor([tokens(6, seed=3).tolist()] * 3)
+    streams = verifier.prefill(ids, capture=combined.capture).captured
+    combined.prefill(ids, [6] * 3, torch.tensor([1, 1, 1]), streams)
+    assert combined.propose(2, None).counts is None
+    combined.select([2, 1])
+    new = {k: stream[:2, -3:] for k, stream in streams.items()}
+    combined.update(torch.tensor([[4, 5, 6]] * 2), [2, 3], new)
+    assert combined.propose(2, None).counts == [1, 2]  # the means are 1.5 and 2

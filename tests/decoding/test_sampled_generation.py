@@ -119,8 +119,8 @@ def test_a_suffix_drafter_changes_nothing(verifier: Verifier) -> None:
 class Mixed(CombinedDrafter):
     """Of every three rows the first expects nothing of the model, so that matches draft."""
 
-    def _expected_before_drawing(self, count: int) -> list[float]:
-        expected = super()._expected_before_drawing(count)
+    def _expected(self, count: int) -> list[float]:
+        expected = super()._expected(count)
         return [mean * (row % 3 > 0) for row, mean in enumerate(expected)]
 
 

@@ -72,37 +72,9 @@ class ChainDrafter:
             streams = {k: stream[row, source] for k, stream in streams.items()}
         self.update(tokens, lengths, streams)
 
-    @property
-    def draws(self) -> bool:
-        """Whether its tokens are drawn where the verifier samples; else they are the likeliest."""
-        return not self._sampling.greedy
-
-    @torch.no_grad()
-    def first_probability(self) -> Tensor:
-        """The draft's probability of the first token it would choose, float32 ``[B]``."""
-        return self._of_live_rows(_top_probability(self._logits))
-
     @torch.no_grad()
     def propose(self, count: int, uniforms: Tensor | None) -> Proposal:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
-        return self._propose(count, uniforms, None)
-
-    @torch.no_grad()
-    def propose_scored(self, count: int) -> tuple[Proposal, Tensor]:
-        """Drafts the likeliest tokens.
-
-        Returns:
-            The proposal, and how many of its tokens the draft expects to be accepted, float32
-            ``[B]``: the sum over them of the product of the draft's probabilities up to each.
-        """
-        likely: list[Tensor] = []
-        proposal = self._propose(count, None, likely)
-        return proposal, self._of_live_rows(torch.stack(likely, 1).cumprod(1).sum(1))
-
-    def _propose(
-        self, count: int, uniforms: Tensor | None, likely: list[Tensor] | None
-    ) -> Proposal:
-        """Drafts, and appends the probability of each likeliest token to ``likely``."""
         self._cache.drop_drafted()
         states, logits = self._states, self._logits
         if uniforms is not None:
@@ -111,8 +83,6 @@ class ChainDrafter:
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         for step in range(count):
-            if likely is not None:
-                likely.append(_top_probability(logits))
             token, q = self._choose(logits, None if uniforms is None else uniforms[:, step])
             tokens.append(token)
             if q is not None:
@@ -172,8 +142,3 @@ class ChainDrafter:
 
     def _of_live_rows(self, rows: Tensor) -> Tensor:
         return rows if self._live is None else rows[self._live]
-
-
-def _top_probability(logits: Tensor) -> Tensor:
-    """Of the likeliest token: logits ``[..., W]`` to float32 ``[...]``."""
-    return logits.float().softmax(-1).amax(-1)

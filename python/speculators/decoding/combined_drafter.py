@@ -3,12 +3,15 @@
 Both follow the whole text. The model's cache takes the verifier's states of the new tokens, whoever
 drafted them, so that it is what it would be had the model drafted all along.
 
-The choice must not spoil the output. Where the model takes its likeliest tokens, everything that is
-drafted follows from the text so far, and any choice is allowed: the tokens' probabilities decide.
-Where it draws its tokens from q, a choice that looked at them would change their distribution, and
-q would no longer be what they were drawn from. Then the choice rests on what is known before the
-draw: how many of the model's tokens were accepted in this row until now. Rows of matches have all
-mass on their tokens, which in a proposal with q is a q of ones and zeros.
+What matches expect is their score. What the model expects is how many of its tokens were accepted
+on average in the same row until now. Its own probabilities would be another measure, but they say
+how likely a token is where the verifier samples; where it is greedy, far more is accepted than they
+promise (on the tiny verifier ten times as much), and matches would win where they should not.
+
+The choice must not spoil the output. It is made before the model drafts, from the text so far
+alone: to look at tokens that were drawn from q, and drop them if they seem bad, would change their
+distribution, and q would no longer be what they were drawn from. Rows of matches have all mass on
+their tokens, which in a proposal with q is a q of ones and zeros.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from speculators.decoding.chain import ChainDrafter
-from speculators.decoding.drafters import Proposal
+from speculators.decoding.drafters import Drafter, Proposal
 from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.ops.host import SuffixDraft
 
@@ -25,14 +27,14 @@ from speculators.ops.host import SuffixDraft
 class CombinedDrafter:
     """Drafts with a model or from matches; a :class:`~speculators.decoding.drafters.Drafter`.
 
-    Where no row's model can expect more than the matches promise, the model does not run.
+    Where matches win in all rows, the model does not run.
 
     Args:
-        model: the model's drafter.
+        model: the model's drafter, which drafts as many tokens as it is asked for.
         suffix: the matches'.
     """
 
-    def __init__(self, model: ChainDrafter, suffix: SuffixDrafter) -> None:
+    def __init__(self, model: Drafter, suffix: SuffixDrafter) -> None:
         self.capture = model.capture
         self._model = model
         self._suffix = suffix
@@ -59,25 +61,18 @@ class CombinedDrafter:
     def propose(self, count: int, uniforms: Tensor | None) -> Proposal:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         chains = self._suffix.propose_chains(count)
-        proposal: Proposal | None = None
-        if uniforms is not None and self._model.draws:
-            expected = self._expected_before_drawing(count)
-            if not _all_win(chains, expected):
-                proposal = self._model.propose(count, uniforms)
-        else:
-            # No token of a chain is likelier than its first.
-            expected = (self._model.first_probability() * count).tolist()
-            if not _all_win(chains, expected):
-                proposal, scores = self._model.propose_scored(count)
-                expected = scores.tolist()
+        expected = self._expected(count)
         wins = [chain.score > least for chain, least in zip(chains, expected, strict=True)]
         self._was_model = [not won for won in wins]
-        if proposal is None:
+        if all(wins):
             return self._suffix.proposal(chains)
-        return _exchange(proposal, chains, wins)
+        return _exchange(self._model.propose(count, uniforms), chains, wins)
 
-    def _expected_before_drawing(self, count: int) -> list[float]:
-        """The mean of accepted tokens so far; at first all are expected to be accepted."""
+    def _expected(self, count: int) -> list[float]:
+        """Of every row the mean of the model's accepted tokens, after one draft that had them all.
+
+        So the model drafts first. Nothing that is drawn for this step may come in here.
+        """
         return [
             (count + accepted) / (1 + drafts)
             for accepted, drafts in zip(self._accepted, self._drafts, strict=True)
@@ -99,10 +94,6 @@ class CombinedDrafter:
         self._was_model = [self._was_model[row] for row in rows]
         self._drafts = [self._drafts[row] for row in rows]
         self._accepted = [self._accepted[row] for row in rows]
-
-
-def _all_win(chains: Sequence[SuffixDraft], expected: Sequence[float]) -> bool:
-    return all(chain.score > least for chain, least in zip(chains, expected, strict=True))
 
 
 def _exchange(proposal: Proposal, chains: Sequence[SuffixDraft], wins: Sequence[bool]) -> Proposal:

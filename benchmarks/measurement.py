@@ -34,6 +34,9 @@ SPREAD: Final = 0.05
 LONGEST: Final = 4.0
 """Seconds for which a call is repeated; one that takes longer is made twice, and one counts."""
 
+QUICK: Final = 0.3
+"""The same for a run that is to show that everything runs, not how fast."""
+
 MIB: Final = 2**20
 
 
@@ -52,10 +55,15 @@ class Measured:
     extrapolated: bool = False
 
 
-def seconds(call: Call) -> Measured:
-    """How long a call takes, after a first one."""
+def seconds(call: Call, longest: float = LONGEST) -> Measured:
+    """How long a call takes, after a first one.
+
+    Args:
+        call: what is timed.
+        longest: seconds for which it is repeated if times keep varying.
+    """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    found = timer.adaptive_autorange(threshold=SPREAD, min_run_time=0.2, max_run_time=LONGEST)
+    found = timer.adaptive_autorange(threshold=SPREAD, min_run_time=0.2, max_run_time=longest)
     return Measured(found.median, min(found.times))
 
 
@@ -64,10 +72,12 @@ class Series:
 
     Args:
         limit: seconds that a call may take.
+        longest: seconds for which it is repeated.
     """
 
-    def __init__(self, limit: float = LIMIT_SECONDS) -> None:
+    def __init__(self, limit: float = LIMIT_SECONDS, longest: float = LONGEST) -> None:
         self.limit = limit
+        self.longest = longest
         self._last: dict[str, tuple[float, Measured]] = {}
 
     def seconds(self, name: str, work: float, make: Callable[[], Call]) -> Measured:
@@ -80,7 +90,7 @@ class Series:
         """
         found = self._expected(name, work)
         if found is None or found.median <= self.limit:
-            found = seconds(make())
+            found = seconds(make(), self.longest)
             self._last[name] = (work, found)
         return found
 
@@ -160,6 +170,7 @@ class Floors:
     def __init__(self, device: str, *, quick: bool = False) -> None:
         self.device = device
         self._quick = quick
+        self._longest = QUICK if quick else LONGEST
 
     @functools.cached_property
     def bandwidth(self) -> float:
@@ -172,7 +183,7 @@ class Floors:
         """The seconds of a copy that reads and writes so many bytes in all."""
         source = torch.ones(max(1, moved // 2), dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
-        return seconds(lambda: target.copy_(source)).median
+        return seconds(lambda: target.copy_(source), self._longest).median
 
     @functools.cache  # noqa: B019 - one object per run
     def matmul_rate(self, dtype: str) -> float:
@@ -181,7 +192,7 @@ class Floors:
         a, b = (
             torch.randn(size, size, dtype=dtype_of(dtype), device=self.device) for _ in range(2)
         )
-        return 2 * size**3 / seconds(lambda: a @ b).median
+        return 2 * size**3 / seconds(lambda: a @ b, self._longest).median
 
     def described(self) -> dict[str, float | str | int]:
         """The machine, for the head of a report."""

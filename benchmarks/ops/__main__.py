@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmarks.measurement import LIMIT_SECONDS, Floors, Series
+from benchmarks.measurement import LIMIT_SECONDS, LONGEST, QUICK, Floors, Series
 from benchmarks.ops import distillation_loss, draft_attention, hidden_state_packing
 from benchmarks.ops.bench import Bench
 from benchmarks.report import Report
@@ -50,7 +50,7 @@ def main(
         full=full,
         compiled=not quick if compiled is None else compiled,
         floors=floors,
-        series=Series(limit),
+        series=Series(limit, QUICK if quick else LONGEST),
         report=Report(machine),
     )
     for name in only.split(","):

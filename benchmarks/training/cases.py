@@ -10,6 +10,7 @@ import pathlib
 from typing import Final
 
 import torch
+from benchmarks.training.driver import STEPS
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,9 +18,6 @@ from speculators.models import SpeculatorModel, find_algorithm
 from speculators.models.verifier import Verifier
 
 VERIFIER, DRAFT, BATCHES, CASE = "verifier", "draft", "batches", "case.json"
-
-STEPS: Final = 3
-"""Steps of train-time test."""
 
 LOGIT_SIZE: Final = 3.0
 """The standard deviation of the verifier's logits, about."""
@@ -38,6 +36,7 @@ class Case:
         streams: residual streams that the draft reads.
         document_tokens: of each document.
         documents: in a packed row; a batch is one row.
+        row_tokens: of a row, the rest of which is padding.
         batches: different ones.
     """
 
@@ -49,6 +48,7 @@ class Case:
     streams: tuple[int, int, int]
     document_tokens: int
     documents: int
+    row_tokens: int
     batches: int
 
     @property
@@ -58,9 +58,9 @@ class Case:
 
 
 CASES: Final = {
-    "T1": Case(256, 512, (8, 4), 2048, 4, (1, 2, 3), 256, 4, 90),
-    "T2": Case(512, 1408, (8, 4), 8192, 8, (2, 4, 5), 512, 4, 22),
-    "tiny": Case(64, 128, (4, 2), 256, 4, (1, 2, 3), 64, 2, 4),
+    "T1": Case(256, 512, (8, 4), 2048, 4, (1, 2, 3), 256, 4, 1024, 90),
+    "T2": Case(512, 1408, (8, 4), 8192, 8, (2, 4, 5), 512, 4, 2048, 22),
+    "tiny": Case(64, 128, (4, 2), 256, 4, (1, 2, 3), 64, 2, 128, 4),
 }
 
 

@@ -6,11 +6,9 @@ and pack the documents. On a CPU three things stand in its way, which are change
 timer wants an accelerator to wait for, its local rank is a GPU's number, and autocast's device is
 ``"cuda"`` where there is no accelerator.
 
-Two things are chosen so that both libraries learn the same. The last token of a document is taken
-out of its loss mask, since this library learns from no target that the text does not go on to. And
-attention and losses are those that it has for machines without Triton. What remains is that its
-steps after the first look beyond the ends of documents into the next one: with four documents, at 9
-of some thousand rows.
+Its later steps look beyond the end of a document, and would learn there from the next document's
+first targets; so these are out of the loss mask, of both libraries. Attention and losses are those
+that it has for machines without Triton.
 """
 
 import importlib
@@ -26,11 +24,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 if TYPE_CHECKING:
-    from benchmarks.training.driver import Options, Training, drive
+    from benchmarks.training.driver import STEPS, Options, Training, drive
 else:  # this file is run as a script, and finds what lies beside it
-    from driver import Options, Training, drive
-
-STEPS = 3
+    from driver import STEPS, Options, Training, drive
 
 
 class LastLoss(logging.Handler):
@@ -55,24 +51,23 @@ def make(options: Options) -> Training:
     metrics = logging.getLogger("speculators.metrics")
     metrics.setLevel(logging.INFO)
     metrics.addHandler(loss)
-    row = options.case["documents"] * options.case["document_tokens"]
     dtype = getattr(torch, options.dtype)
-    collate = data.CollateFn(row, options.case["hidden"], STEPS, dtype, shift_batch)
+    collate = data.CollateFn(
+        options.case["row_tokens"], options.case["hidden"], STEPS, dtype, shift_batch
+    )
 
-    def pack(input_ids: Tensor, states: Tensor) -> Any:
-        documents = []
-        for tokens, streams in zip(input_ids, states, strict=True):
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-            mask[-1] = False
-            documents.append({
+    def pack(input_ids: Tensor, states: Tensor, mask: Tensor) -> Any:
+        return collate([
+            {
                 "input_ids": tokens,
                 "hidden_states": streams[:, :-1].flatten(1),
                 "verifier_last_hidden_states": streams[:, -1],
-                "loss_mask": mask,
+                "loss_mask": learned,
                 "lengths": torch.tensor([len(tokens)]),
                 "position_ids": torch.arange(len(tokens)),
-            })  # fmt: skip
-        return collate(documents)
+            }
+            for tokens, streams, learned in zip(input_ids, states, mask, strict=True)
+        ])  # fmt: skip
 
     def step(batch: Any) -> float:
         trainer.train_loader = _loader([batch])

@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import os
 import pathlib
 import platform
 from collections.abc import Callable, Mapping
@@ -36,6 +37,9 @@ LONGEST: Final = 4.0
 
 QUICK: Final = 0.3
 """The same for a run that is to show that everything runs, not how fast."""
+
+LARGEST: Final = 0.7
+"""The part of the free memory that a call may be expected to need; else it is extrapolated."""
 
 MIB: Final = 2**20
 
@@ -68,7 +72,7 @@ def seconds(call: Call, longest: float = LONGEST) -> Measured:
 
 
 class Series:
-    """Measures rising cases, and extrapolates those that would take too long.
+    """Measures rising cases, and extrapolates those that would take too long or too much memory.
 
     Args:
         limit: seconds that a call may take.
@@ -78,20 +82,22 @@ class Series:
     def __init__(self, limit: float = LIMIT_SECONDS, longest: float = LONGEST) -> None:
         self.limit = limit
         self.longest = longest
-        self._last: dict[str, tuple[float, Measured]] = {}
+        self._seconds: dict[str, tuple[float, Measured]] = {}
+        self._bytes: dict[str, tuple[float, Measured]] = {}
 
     def seconds(self, name: str, work: float, make: Callable[[], Call]) -> Measured:
         """The seconds of a call.
 
         Args:
             name: of the series: cases that differ in size alone.
-            work: what the time is proportional to.
+            work: what time and memory are proportional to.
             make: makes the call; not asked where the time is extrapolated.
         """
-        found = self._expected(name, work)
-        if found is None or found.median <= self.limit:
-            found = seconds(make(), self.longest)
-            self._last[name] = (work, found)
+        expected = _expected(self._seconds, name, work)
+        if expected is not None and self._is_too_much(name, work):
+            return expected
+        found = seconds(make(), self.longest)
+        self._seconds[name] = (work, found)
         return found
 
     def peak(
@@ -100,27 +106,42 @@ class Series:
         """The bytes that a call needs at its peak, beyond its arguments, in a fresh process.
 
         Args:
-            name: of the series, in which the times were measured before.
-            work: what the memory is proportional to, where it is extrapolated.
+            name: as in :meth:`seconds`.
+            work: as in :meth:`seconds`.
             make: makes the call of a case; a function of a module.
             case: can be pickled.
             small: a case that warms up: what torch sets up once is not the call's.
         """
-        bytes_name = f"{name}, bytes"
-        found = self._expected(bytes_name, work)
-        slow = self._expected(name, work)
-        if found is None or slow is None or slow.median <= self.limit:
-            peak = peak_bytes(make, case, small)
-            found = Measured(peak, peak)
-            self._last[bytes_name] = (work, found)
+        expected = _expected(self._bytes, name, work)
+        if expected is not None and self._is_too_much(name, work):
+            return expected
+        peak = peak_bytes(make, case, small)
+        found = Measured(peak, peak)
+        self._bytes[name] = (work, found)
         return found
 
-    def _expected(self, name: str, work: float) -> Measured | None:
-        if name not in self._last:
-            return None
-        last_work, last = self._last[name]
-        factor = work / last_work
-        return Measured(last.median * factor, last.least * factor, extrapolated=True)
+    def _is_too_much(self, name: str, work: float) -> bool:
+        time = _expected(self._seconds, name, work)
+        memory = _expected(self._bytes, name, work)
+        too_long = time is not None and time.median > self.limit
+        return too_long or (memory is not None and memory.median > LARGEST * _free_bytes())
+
+
+def _expected(
+    last: Mapping[str, tuple[float, Measured]], name: str, work: float
+) -> Measured | None:
+    """What is in proportion to the last case of a series."""
+    if name not in last:
+        return None
+    last_work, found = last[name]
+    factor = work / last_work
+    return Measured(found.median * factor, found.least * factor, extrapolated=True)
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes(make: Callable[[_Case], Call], case: _Case, small: _Case) -> int:

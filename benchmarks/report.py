@@ -71,10 +71,12 @@ class Report:
 
     Args:
         machine: what the benchmarks ran on.
+        quick: whether sizes were only to show that everything runs.
     """
 
-    def __init__(self, machine: dict[str, Any]) -> None:
+    def __init__(self, machine: dict[str, Any], *, quick: bool = False) -> None:
         self.machine = machine
+        self.quick = quick
         self.rows: list[Row] = []
         self.goals: list[Goal] = []
         print(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
@@ -95,7 +97,7 @@ class Report:
     def finish(self, output: str | os.PathLike[str]) -> None:
         """Prints the goals, and writes everything as JSON."""
         if self.goals:
-            print("\n### Goals\n")
+            print(f"\n### Goals{', of larger sizes than these' if self.quick else ''}\n")
         for goal in self.goals:
             print(goal.line())
         content = {

@@ -51,12 +51,11 @@ def main(
         compiled=not quick if compiled is None else compiled,
         floors=floors,
         series=Series(limit, QUICK if quick else LONGEST),
-        report=Report(machine),
+        report=Report(machine, quick=quick),
     )
     for name in only.split(","):
         if name not in OPERATORS:
             raise typer.BadParameter(f"{name!r}: expected some of {', '.join(OPERATORS)}")
-        torch.compiler.reset()
         OPERATORS[name](bench)
     bench.report.finish(output)
 

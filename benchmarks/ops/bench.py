@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
+import torch
 from benchmarks.measurement import Call, Floors, Measured, Series
 from benchmarks.report import Report
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +42,13 @@ class Bench:
         except Exception as error:  # whatever stops a peer is a result
             lines = str(error).splitlines() or [""]
             return None, f"does not run: {type(error).__name__}: {lines[0][:80]}"
+
+
+def compiled(function: _Function) -> _Function:
+    """``torch.compile``, as for the first time.
+
+    For one function it gives up after a few sizes, and what follows would be measured uncompiled.
+    """
+    torch.compiler.reset()
+    fast: Any = torch.compile(function, dynamic=False)
+    return cast("_Function", fast)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from benchmarks.measurement import Call, dtype_of
-from benchmarks.ops.bench import Bench
+from benchmarks.ops.bench import Bench, compiled
 from benchmarks.report import Row
 from torch import Tensor
 from torch.nn import functional
@@ -248,7 +248,7 @@ def row_operator(case: RowCase) -> Call:
     return lambda: row_losses_and_gradient_(draft, target, losses)
 
 
-def row_torch(case: RowCase, *, compiled: bool) -> Call:
+def row_torch(case: RowCase, *, is_compiled: bool) -> Call:
     """The definition, in torch's operators, and autograd."""
     draft, target = case.inputs()
     draft.requires_grad_()
@@ -257,7 +257,7 @@ def row_torch(case: RowCase, *, compiled: bool) -> Call:
     def loss(draft: Tensor) -> Tensor:
         return row_losses_reference(draft, target, losses).loss.sum()
 
-    function = torch.compile(loss, dynamic=False) if compiled else loss
+    function = compiled(loss) if is_compiled else loss
     return lambda: torch.autograd.grad(function(draft), draft)
 
 
@@ -273,10 +273,10 @@ def _row(bench: Bench, case: RowCase) -> None:
     floor = bench.floors.copy_seconds(case.moved)
     peers = {
         "operator": functools.partial(row_operator, case),
-        "torch": functools.partial(row_torch, case, compiled=False),
+        "torch": functools.partial(row_torch, case, is_compiled=False),
     }
     if bench.compiled:
-        peers["torch.compile"] = functools.partial(row_torch, case, compiled=True)
+        peers["torch.compile"] = functools.partial(row_torch, case, is_compiled=True)
     for name, make in peers.items():
         time, note = bench.try_seconds(f"{name} {case}", case.rows, make)
         bench.report.add(Row(ROWS, str(case), name, time, floor, moved=case.moved, note=note))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from benchmarks.measurement import Call, dtype_of
-from benchmarks.ops.bench import Bench
+from benchmarks.ops.bench import Bench, compiled
 from benchmarks.report import Row
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def pack(case: Case, by: str) -> Call:
     mode = MODES[case.mode]
     layers, index = case.inputs()
     chosen = mode.operator if by == "operator" else mode.reference
-    function = torch.compile(chosen, dynamic=False) if by == "torch.compile" else chosen
+    function = compiled(chosen) if by == "torch.compile" else chosen
     return lambda: function(layers, index)
 
 
@@ -107,11 +107,11 @@ def _measure(bench: Bench, case: Case) -> None:
         time, note = bench.try_seconds(f"{by} {case}", case.rows, functools.partial(pack, case, by))
         row = Row("hidden_state_packing", str(case), by, time, floor, moved=case.moved, note=note)
         found[by] = bench.report.add(row).time
-    mode, ours, compiled = MODES[case.mode], found["operator"], found.get("torch.compile")
+    mode, ours, peer = MODES[case.mode], found["operator"], found.get("torch.compile")
     name = f"hidden_state_packing, {case}"
     if ours is not None and mode.most_of_floor is not None:
         ratio = ours.median / floor
         bench.report.goal(f"{name}: times the copy of its bytes", ratio, most=mode.most_of_floor)
-    if ours is not None and compiled is not None and mode.least_speedup is not None:
-        speed = compiled.median / ours.median
+    if ours is not None and peer is not None and mode.least_speedup is not None:
+        speed = peer.median / ours.median
         bench.report.goal(f"{name}: times torch.compile's speed", speed, least=mode.least_speedup)

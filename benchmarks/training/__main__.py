@@ -58,7 +58,7 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     floors = Floors(device, quick=quick)
-    report = Report({**floors.described(), "autocast": dtype})
+    report = Report({**floors.described(), "autocast": dtype}, quick=quick)
     programs = {OURS: dtype}
     if dtype != "float32" and device == "cpu":
         programs[FLOAT32] = "float32"  # what a CPU does unless told otherwise
@@ -122,19 +122,19 @@ def _tell(
     results: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Rows and goals of a case."""
-    speeds, peaks, shares = {}, {}, {}
+    speeds, peaks, befores, shares = {}, {}, {}, {}
     for program, runs in results.items():
         times = [second for run in runs for second in run["seconds"][WARM_UP:]]
         time = Measured(statistics.median(times), min(times))
         speeds[program] = case.tokens / time.median
         peaks[program] = max(run["peak"] for run in runs)
-        before = min(run["before"] for run in runs)
+        befores[program] = min(run["before"] for run in runs)
         flops = runs[0]["flops"]
         floor = flops / floors.matmul_rate(programs[program])
         shares[program] = floor / time.median
         note = (
             f"{speeds[program]:.0f} tokens/s, {flops / 1e9:.1f} GFLOP a step, {shares[program]:.0%}"
-            f" of the matrix products' rate; {before / 2**20:.0f} MiB before the model"
+            f" of the matrix products' rate; {befores[program] / 2**20:.0f} MiB before the model"
         )
         peak = Measured(peaks[program], peaks[program])
         row = Row("training step", name, program, time, floor, flops=flops, peak=peak, note=note)
@@ -146,6 +146,8 @@ def _tell(
     report.goal(f"{goal}: times the peer's tokens/s", speeds[OURS] / speeds[PEER], least=3)
     report.goal(f"{goal}: part of its peak memory", peaks[OURS] / peaks[PEER], most=0.5)
     ours, peer = (results[program][0]["losses"] for program in (OURS, PEER))
+    own, peers = (peaks[program] - befores[program] for program in (OURS, PEER))
+    report.goal(f"{goal}: part of its peak memory, without imports", own / peers, most=0.5)
     print(f"\n{name}: losses of steps 1, 10, 20, ...: ours {_some(ours)}; the peer's {_some(peer)}")
     differences = [abs(a - b) / abs(b) for a, b in zip(ours, peer, strict=True)]
     wanted = f"{goal}: relative difference of {len(ours)} losses"

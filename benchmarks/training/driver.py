@@ -29,7 +29,7 @@ class Training:
     Attributes:
         pack: makes the library's batch of documents' ``input_ids``, ``states`` and loss mask; not
             timed.
-        step: makes an update, and returns the loss; waits for the device.
+        step: makes an update, and returns the loss.
     """
 
     pack: Callable[[Tensor, Tensor, Tensor], Any]
@@ -78,13 +78,15 @@ def drive(make: Callable[[Options], Training]) -> None:
     options = Options(given.folder, case, given.steps, given.dtype, given.device)
     before = _process_bytes("VmRSS")
     training = make(options)
+    on_gpu = options.device == "cuda"
     losses, seconds = [], []
     for number in range(options.steps):
         batch = _batch(training, options, number)
         begin = time.perf_counter()
         losses.append(training.step(batch))
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    on_gpu = options.device == "cuda"
     found = {
         "losses": losses,
         "seconds": seconds,

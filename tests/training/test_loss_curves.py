@@ -58,4 +58,5 @@ def test_compiled_operators_give_the_losses_of_the_definitions(
     found = _losses(name, steps, verifier, batches, "_C")
     assert expected[-1] < 0.5 * expected[0]  # there was something to learn
     assert found != expected  # the operators did take part
-    assert found == pytest.approx(expected, rel=0.01)
+    # They agree to 1e-5. Without the later keys' gradient HASS's differ by 5e-3, EAGLE-3's by 2e-2.
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -11,7 +11,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -34,22 +33,29 @@ constexpr bool is_quantized(StateFormat format) {
 
 // The bits of an entry.
 template <StateFormat kFormat>
-using Bits = std::conditional_t<is_quantized(kFormat), uint8_t,
-                                std::conditional_t<kFormat == StateFormat::kFloat32, uint32_t,
-                                                   uint16_t>>;
+using Bits =
+    std::conditional_t<is_quantized(kFormat), uint8_t,
+                       std::conditional_t<kFormat == StateFormat::kFloat32, uint32_t, uint16_t>>;
 
 namespace number_formats {
 
 SPECULATORS_FORMAT float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 SPECULATORS_FORMAT uint32_t as_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
 
+// One of two values, both computed: a compiler makes no branch of it, which it could not vectorise.
+SPECULATORS_FORMAT uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 // A number of `kMantissa` bits behind `kExponent` bits of bias `kBias`, all below the sign, that
-// is no infinity and no NaN. The subnormal ones are multiples of `smallest`.
+// is no infinity and no NaN; as the bits of a float. The subnormal ones are multiples of
+// `smallest`.
 template <int kMantissa, int kBias>
-SPECULATORS_FORMAT float decode_magnitude(uint32_t bits, float smallest) {
-  const float normal = as_float((bits << (23 - kMantissa)) + ((127u - kBias) << 23));
+SPECULATORS_FORMAT uint32_t decode_magnitude(uint32_t bits, float smallest) {
+  const uint32_t normal = (bits << (23 - kMantissa)) + ((127u - kBias) << 23);
   const float subnormal = static_cast<float>(static_cast<int32_t>(bits)) * smallest;
-  return bits < (1u << kMantissa) ? subnormal : normal;
+  return select(bits < (1u << kMantissa), as_bits(subnormal), normal);
 }
 
 // The inverse, to the nearest, ties to even; `per_smallest` is 1 / smallest. What is too large ends
@@ -61,9 +67,10 @@ SPECULATORS_FORMAT uint32_t encode_magnitude(uint32_t magnitude, float per_small
   const uint32_t half = (1u << (kDropped - 1)) - 1 + ((magnitude >> kDropped) & 1u);
   const uint32_t normal = (magnitude - ((127u - kBias) << 23) + half) >> kDropped;
   // A large magnitude is not wanted here, and must not overflow an integer.
-  const float small = as_float(magnitude < kLeastNormal ? magnitude : 0);
+  const bool is_small = magnitude < kLeastNormal;
+  const float small = as_float(select(is_small, magnitude, 0));
   const auto subnormal = static_cast<uint32_t>(static_cast<int32_t>(rintf(small * per_smallest)));
-  return magnitude < kLeastNormal ? subnormal : normal;
+  return select(is_small, subnormal, normal);
 }
 
 }  // namespace number_formats
@@ -84,9 +91,9 @@ SPECULATORS_FORMAT float to_float(Bits<kFormat> bits) {
 #else
     const uint32_t sign = (bits & 0x8000u) << 16;
     const uint32_t magnitude = bits & 0x7FFFu;
-    const float finite = decode_magnitude<10, 15>(magnitude, 0x1p-24f);
+    const uint32_t finite = decode_magnitude<10, 15>(magnitude, 0x1p-24f);
     const uint32_t rest = 0x7F800000u | (magnitude << 13);  // infinity and NaN
-    return as_float(sign | (magnitude < 0x7C00u ? as_bits(finite) : rest));
+    return as_float(sign | select(magnitude < 0x7C00u, finite, rest));
 #endif
   }
 }
@@ -101,7 +108,7 @@ SPECULATORS_FORMAT Bits<kFormat> from_float(float value) {
   } else if constexpr (kFormat == StateFormat::kBFloat16) {
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    return static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded);
+    return static_cast<uint16_t>(select(is_nan, 0x7FC0u, rounded));
   } else {
     static_assert(kFormat == StateFormat::kFloat16);
 #if defined(__CUDA_ARCH__)
@@ -109,9 +116,10 @@ SPECULATORS_FORMAT Bits<kFormat> from_float(float value) {
 #else
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    constexpr uint32_t kTooLarge = 0x47800000u;  // 65536, and all that rounds to it is in encode's
     const uint32_t rounded = encode_magnitude<10, 15>(magnitude, 0x1p24f);
-    const uint32_t limited = magnitude >= 0x47800000u || rounded > 0x7C00u ? 0x7C00u : rounded;
-    return static_cast<uint16_t>(sign | (magnitude > 0x7F800000u ? 0x7E00u : limited));
+    const uint32_t limited = select(magnitude >= kTooLarge, 0x7C00u, rounded);
+    return static_cast<uint16_t>(sign | select(magnitude > 0x7F800000u, 0x7E00u, limited));
 #endif
   }
 }
@@ -122,10 +130,7 @@ SPECULATORS_FORMAT Bits<kFormat> from_float(float value) {
 inline constexpr float kLeastMagnitude = 0x1p-100f;
 
 template <StateFormat kFormat>
-constexpr float largest_code() {
-  static_assert(is_quantized(kFormat));
-  return kFormat == StateFormat::kInt8 ? 127.0f : 448.0f;
-}
+inline constexpr float kLargestCode = kFormat == StateFormat::kInt8 ? 127.0f : 448.0f;
 
 // An entry is `to_code(entry * inverse)`, and read back as `from_code(code) * scale`.
 struct RowScale {
@@ -134,29 +139,27 @@ struct RowScale {
 };
 
 // Of a row whose largest magnitude is given, as the bits of a float: those of an infinity if it has
-// one, of a NaN if it has one. Then all codes are zeros, the scale is NaN, and so is what is read.
+// one, of a NaN if it has one. Then the scale is NaN, all codes must be 0, and NaN is what is read.
 template <StateFormat kFormat>
 SPECULATORS_FORMAT RowScale row_scale(uint32_t largest_bits) {
   const float largest = number_formats::as_float(largest_bits);
   if (largest_bits >= 0x7F800000u) return {number_formats::as_float(0x7FC00000u), 0};
   if (largest < kLeastMagnitude) return {0, 0};
-  return {largest / largest_code<kFormat>(), largest_code<kFormat>() / largest};
+  return {largest / kLargestCode<kFormat>, kLargestCode<kFormat> / largest};
 }
 
-// For a value whose magnitude is at most the largest code's, but for rounding. 0 for NaN: an
-// infinity times an inverse of 0.
+// For a number whose magnitude is at most the largest code's, but for rounding.
 template <StateFormat kFormat>
 SPECULATORS_FORMAT uint8_t to_code(float value) {
   using namespace number_formats;
-  const float number = value == value ? value : 0;
   if constexpr (kFormat == StateFormat::kInt8) {
-    return static_cast<uint8_t>(static_cast<int32_t>(rintf(number)));
+    return static_cast<uint8_t>(static_cast<int32_t>(rintf(value)));
   } else {
     static_assert(kFormat == StateFormat::kFloat8);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    return __nv_cvt_float_to_fp8(number, __NV_SATFINITE, __NV_E4M3);  // one instruction
+    return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);  // one instruction
 #else
-    const uint32_t bits = as_bits(number);
+    const uint32_t bits = as_bits(value);
     const uint32_t code = encode_magnitude<3, 7>(bits & 0x7FFFFFFFu, 512);
     return static_cast<uint8_t>(((bits >> 24) & 0x80u) | code);
 #endif
@@ -171,9 +174,9 @@ SPECULATORS_FORMAT float from_code(uint8_t code) {
   } else {
     static_assert(kFormat == StateFormat::kFloat8);
     const uint32_t magnitude = code & 0x7Fu;
-    const uint32_t finite = as_bits(decode_magnitude<3, 7>(magnitude, 0x1p-9f));
+    const uint32_t finite = decode_magnitude<3, 7>(magnitude, 0x1p-9f);
     const uint32_t sign = (code & 0x80u) << 24;
-    return as_float(sign | (magnitude == 0x7Fu ? 0x7FC00000u : finite));
+    return as_float(sign | select(magnitude == 0x7Fu, 0x7FC00000u, finite));
   }
 }
 

@@ -26,24 +26,24 @@ struct PackCall {
   StateFormat from;  // of the layers: kBFloat16, kFloat16 or kFloat32
   StateFormat to;    // kInt8 or kFloat8
   int64_t num_layers = 0;
-  int64_t num_tokens = 0;              // rows of a layer
-  int64_t width = 0;                   // entries of a row
-  int64_t num_rows = 0;                // to pack
-  const StateRows* layers = nullptr;   // [num_layers]
-  const int64_t* index = nullptr;      // [num_rows], which token; null: row r is token r
-  uint8_t* packed = nullptr;           // [num_rows, num_layers * width], contiguous
-  float* scales = nullptr;             // [num_rows, num_layers], contiguous
+  int64_t num_tokens = 0;             // rows of a layer
+  int64_t width = 0;                  // entries of a row
+  int64_t num_rows = 0;               // to pack
+  const StateRows* layers = nullptr;  // [num_layers]
+  const int64_t* index = nullptr;     // [num_rows], which token; null: row r is token r
+  uint8_t* packed = nullptr;          // [num_rows, num_layers * width], contiguous
+  float* scales = nullptr;            // [num_rows, num_layers], contiguous
 };
 
 struct UnpackCall {
   StateFormat from;  // kInt8, kFloat8, or that of the targets
   StateFormat to;    // of the targets: kBFloat16, kFloat16 or kFloat32
   int64_t num_layers = 0;
-  int64_t num_targets = 0;             // rows of a target
-  int64_t width = 0;                   // entries of a row
-  int64_t num_rows = 0;                // to unpack
-  StateRows packed;                    // num_rows rows of num_layers * width entries
-  const float* scales = nullptr;       // num_rows rows of num_layers; null where from is to
+  int64_t num_targets = 0;        // rows of a target
+  int64_t width = 0;              // entries of a row
+  int64_t num_rows = 0;           // to unpack
+  StateRows packed;               // num_rows rows of num_layers * width entries
+  const float* scales = nullptr;  // num_rows rows of num_layers; null where from is to
   int64_t scales_row_stride = 0;
   const int64_t* index = nullptr;      // [num_rows], all different; null: row r goes to row r
   const StateRows* targets = nullptr;  // [num_layers], written

@@ -54,9 +54,8 @@ inline const int64_t* check_pack_index(const std::optional<torch::stable::Tensor
                                        const torch::stable::Tensor& beside, int64_t rows,
                                        PackStorage* storage) {
   if (!index.has_value()) return nullptr;
-  STD_TORCH_CHECK(
-      index->dim() == 1 && index->scalar_type() == torch::headeronly::ScalarType::Long,
-      "hidden_state_packing: index must be an int64 tensor of one dimension");
+  STD_TORCH_CHECK(index->dim() == 1 && index->scalar_type() == torch::headeronly::ScalarType::Long,
+                  "hidden_state_packing: index must be an int64 tensor of one dimension");
   STD_TORCH_CHECK(index->device() == beside.device(),
                   "hidden_state_packing: index must be on the device of the states");
   STD_TORCH_CHECK(rows < 0 || index->size(0) == rows,
@@ -74,11 +73,10 @@ inline void check_state_rows(const std::vector<torch::stable::Tensor>& layers, b
   STD_TORCH_CHECK(!is_quantized(format_of(first.scalar_type())),
                   "hidden_state_packing: layers must be bfloat16, float16 or float32");
   for (const torch::stable::Tensor& layer : layers) {
-    STD_TORCH_CHECK(layer.dim() == 2 && layer.size(0) == first.size(0) &&
-                        layer.size(1) == first.size(1) &&
-                        layer.scalar_type() == first.scalar_type() &&
-                        layer.device() == first.device(),
-                    "hidden_state_packing: all layers must have one shape, dtype and device");
+    STD_TORCH_CHECK(
+        layer.dim() == 2 && layer.size(0) == first.size(0) && layer.size(1) == first.size(1) &&
+            layer.scalar_type() == first.scalar_type() && layer.device() == first.device(),
+        "hidden_state_packing: all layers must have one shape, dtype and device");
     if (written) {
       const bool apart = layer.stride(0) >= layer.size(1) || layer.size(0) <= 1;
       STD_TORCH_CHECK((layer.stride(1) == 1 || layer.size(1) <= 1) && apart,
@@ -112,8 +110,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> hidden_state_pack(
   call.layers = arguments.rows.data();
   torch::stable::Tensor packed =
       torch::stable::new_empty(first, {call.num_rows, call.num_layers * call.width}, dtype);
-  torch::stable::Tensor scales = torch::stable::new_empty(
-      first, {call.num_rows, call.num_layers}, torch::headeronly::ScalarType::Float);
+  torch::stable::Tensor scales = torch::stable::new_empty(first, {call.num_rows, call.num_layers},
+                                                          torch::headeronly::ScalarType::Float);
   call.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
   call.scales = static_cast<float*>(scales.mutable_data_ptr());
   kRun(arguments);

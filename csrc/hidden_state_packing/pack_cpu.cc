@@ -3,6 +3,7 @@
 // A magnitude is compared as an integer, the float's bits without the sign: so the search for the
 // largest is one instruction for 32 entries of 16 bits, and an infinity or a NaN comes out as the
 // largest of all. target_clones compiles the loops three times and lets the machine choose.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,8 @@
 namespace speculators {
 namespace {
 
+constexpr int64_t kBlock = 32;  // entries, whose bits fill one or two lines of a cache
+
 // The bits of the largest magnitude, as those of a float.
 template <StateFormat kFrom>
 SPECULATORS_INLINE uint32_t largest_magnitude(const Bits<kFrom>* from, int64_t width) {
@@ -35,26 +38,51 @@ SPECULATORS_INLINE uint32_t largest_magnitude(const Bits<kFrom>* from, int64_t w
   return number_formats::as_bits(to_float<kFrom>(static_cast<Bits<kFrom>>(largest)));
 }
 
+// Asks for a block of the row that comes next, so that it is there when its turn comes: rows are
+// found by an index, in which the machine itself sees no pattern.
+template <StateFormat kFrom>
+SPECULATORS_INLINE void prefetch(const Bits<kFrom>* next) {
+  __builtin_prefetch(next);
+  if constexpr (sizeof(Bits<kFrom>) > 2) __builtin_prefetch(next + kBlock / 2);
+}
+
 template <StateFormat kFrom, StateFormat kTo>
-SPECULATORS_INLINE float pack_row(const Bits<kFrom>* from, int64_t width, uint8_t* to) {
+SPECULATORS_INLINE float pack_row(const Bits<kFrom>* from, const Bits<kFrom>* next, int64_t width,
+                                  uint8_t* to) {
   const RowScale row = row_scale<kTo>(largest_magnitude<kFrom>(from, width));
   const float inverse = row.inverse;
+  if (row.scale != row.scale) {
+    std::memset(to, 0, static_cast<size_t>(width));
+    return row.scale;
+  }
+  int64_t done = 0;
+  for (; done + kBlock <= width; done += kBlock) {
+    prefetch<kFrom>(next + done);
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) to[i] = to_code<kTo>(to_float<kFrom>(from[i]) * inverse);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      to[done + i] = to_code<kTo>(to_float<kFrom>(from[done + i]) * inverse);
+    }
+  }
+  for (; done < width; ++done) to[done] = to_code<kTo>(to_float<kFrom>(from[done]) * inverse);
   return row.scale;
+}
+
+// Where the row of a layer is that is packed as number row * num_layers + layer.
+template <StateFormat kFrom>
+SPECULATORS_INLINE const Bits<kFrom>* source(const PackCall& call, int64_t number) {
+  const int64_t row = number / call.num_layers;
+  const StateRows& rows = call.layers[number % call.num_layers];
+  const int64_t token = call.index == nullptr ? row : call.index[row];
+  return static_cast<const Bits<kFrom>*>(rows.data) + token * rows.row_stride;
 }
 
 template <StateFormat kFrom, StateFormat kTo>
 SPECULATORS_INLINE void pack_rows(const PackCall& call, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t token = call.index == nullptr ? row : call.index[row];
-    for (int64_t layer = 0; layer < call.num_layers; ++layer) {
-      const StateRows& source = call.layers[layer];
-      const int64_t place = row * call.num_layers + layer;
-      call.scales[place] = pack_row<kFrom, kTo>(
-          static_cast<const Bits<kFrom>*>(source.data) + token * source.row_stride, call.width,
-          call.packed + place * call.width);
-    }
+  const int64_t last = end * call.num_layers - 1;
+  for (int64_t number = begin * call.num_layers; number <= last; ++number) {
+    call.scales[number] = pack_row<kFrom, kTo>(source<kFrom>(call, number),
+                                               source<kFrom>(call, std::min(number + 1, last)),
+                                               call.width, call.packed + number * call.width);
   }
 }
 
@@ -73,8 +101,8 @@ template <StateFormat kFrom, StateFormat kTo>
 SPECULATORS_INLINE void unpack_rows(const UnpackCall& call, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t target = call.index == nullptr ? row : call.index[row];
-    const auto* from = static_cast<const Bits<kFrom>*>(call.packed.data) +
-                       row * call.packed.row_stride;
+    const auto* from =
+        static_cast<const Bits<kFrom>*>(call.packed.data) + row * call.packed.row_stride;
     for (int64_t layer = 0; layer < call.num_layers; ++layer) {
       const StateRows& rows = call.targets[layer];
       unpack_row<kFrom, kTo>(

@@ -27,17 +27,16 @@ int64_t grain(const Call& call) {
 void pack_on_cpu(const PackArguments& arguments) {
   const PackCall& call = arguments.call;
   check_range(call.index, call.num_rows, call.num_tokens);
-  torch::stable::parallel_for(
-      0, call.num_rows, grain(call),
-      [&](int64_t begin, int64_t end) { pack_rows_cpu(call, begin, end); });
+  torch::stable::parallel_for(0, call.num_rows, grain(call),
+                              [&](int64_t begin, int64_t end) { pack_rows_cpu(call, begin, end); });
 }
 
 void unpack_on_cpu(const UnpackArguments& arguments) {
   const UnpackCall& call = arguments.call;
   check_range(call.index, call.num_rows, call.num_targets);
-  torch::stable::parallel_for(
-      0, call.num_rows, grain(call),
-      [&](int64_t begin, int64_t end) { unpack_rows_cpu(call, begin, end); });
+  torch::stable::parallel_for(0, call.num_rows, grain(call), [&](int64_t begin, int64_t end) {
+    unpack_rows_cpu(call, begin, end);
+  });
 }
 
 }  // namespace

@@ -69,6 +69,15 @@ def test_what_is_written_is_read_the_same(tmp_path: pathlib.Path) -> None:
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["training"]["epochs"] >= 1
 
 
+def test_a_dtype_has_a_short_name(tmp_path: pathlib.Path) -> None:
+    """Which must not make another store of it."""
+    for name, meant in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp8", "fp8")):
+        recipe = read_recipe(None, {"generate.store_dtype": name})
+        assert recipe.generate.store_dtype == meant
+        recipe.write(tmp_path / "run.yaml")
+        assert read_recipe(tmp_path / "run.yaml", {}) == recipe
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

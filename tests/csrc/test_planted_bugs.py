@@ -11,6 +11,7 @@ import pytest
 
 CSRC = pathlib.Path("csrc")
 GATHER = CSRC / "hidden_state_packing" / "gather_emulator_test"
+PACK = CSRC / "hidden_state_packing" / "pack_emulator_test"
 ROW_LOSSES = CSRC / "distillation_loss" / "row_losses_emulator_test"
 MERGE = CSRC / "draft_attention" / "merge_emulator_test"
 EMULATOR = CSRC / "common" / "cuda_emulator_test"
@@ -32,6 +33,28 @@ PLANTS = [
     (GATHER, "_address", "copies_past_the_row", "AddressSanitizer"),
     (GATHER, "_address", "skips_the_index_check", "AddressSanitizer"),
     (GATHER, "_thread", "all_warps_take_the_same_row", "ThreadSanitizer: data race"),
+    (PACK, "", "pack_ignores_row_stride", "gave a wrong result"),
+    (PACK, "", "pack_wrong_layer_offset", "gave a wrong result"),
+    (PACK, "", "pack_stops_after_one_row", "gave a wrong result"),
+    (PACK, "", "forgets_the_sign", "gave a wrong result"),
+    (PACK, "", "forgets_the_last_warp", "gave a wrong result"),
+    (PACK, "", "forgets_the_long_rows_end", "gave a wrong result"),
+    (PACK, "", "reads_maxima_too_early", "gave a wrong result"),
+    (PACK, "", "overwrites_maxima_too_early", "gave a wrong result"),
+    (PACK, "", "scales_by_the_inverse", "gave a wrong result"),
+    (PACK, "", "ignores_infinity", "gave a wrong result"),
+    (PACK, "_address", "pack_goes_past_the_row", "AddressSanitizer"),
+    (PACK, "_address", "pack_skips_the_index_check", "AddressSanitizer"),
+    (PACK, "_thread", "reads_maxima_too_early", "ThreadSanitizer: data race"),
+    (PACK, "_thread", "overwrites_maxima_too_early", "ThreadSanitizer: data race"),
+    (PACK, "", "unpack_ignores_row_stride", "gave a wrong result"),
+    (PACK, "", "unpack_wrong_layer_offset", "gave a wrong result"),
+    (PACK, "", "unpack_stops_after_one_row", "gave a wrong result"),
+    (PACK, "", "takes_the_first_layers_scale", "gave a wrong result"),
+    (PACK, "", "ignores_the_index", "gave a wrong result"),
+    (PACK, "_address", "unpack_goes_past_the_row", "AddressSanitizer"),
+    (PACK, "_address", "unpack_skips_the_index_check", "AddressSanitizer"),
+    (PACK, "_thread", "all_warps_take_the_same_row", "ThreadSanitizer: data race"),
     (ROW_LOSSES, "", "ignores_positions", "positions has an index out of range"),
     (ROW_LOSSES, "", "forgets_to_rescale", "gave a wrong result"),
     (ROW_LOSSES, "", "takes_the_last_of_equal_logits", "gave a wrong result"),

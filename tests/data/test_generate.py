@@ -195,6 +195,8 @@ def test_a_complete_store_is_not_made_again(tmp_path: pathlib.Path) -> None:
         {"prepared": Documents(random_documents(LENGTHS).rows, "other data")},
         {"source": KnownWriter(name="other verifier")},
         {"store_dtype": "float32"},
+        {"store_dtype": "int8"},
+        {"store_dtype": "fp8"},
         {"regenerate": RegenerateSettings(max_new_tokens=3)},
     ],
 )

@@ -1,6 +1,7 @@
 """An epoch has every document once, whole, and apart from those it shares a row with."""
 
 import collections
+import pathlib
 import threading
 import time
 from collections.abc import Iterator
@@ -95,6 +96,27 @@ def test_shapes_dtypes_and_masks(store: HiddenStateStore) -> None:
             assert torch.equal(batch.loss_mask[row, : len(mask)], mask)
         moved = batch.to("cpu")
         assert same(moved, batch)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "fp8"])
+@pytest.mark.parametrize("layer_ids", [None, (4, 0), ()])
+def test_batches_have_what_the_store_reads(
+    tmp_path: pathlib.Path, dtype: str, layer_ids: tuple[int, ...] | None
+) -> None:
+    """Whatever the states are stored as: they go to their rows as a document alone has them."""
+    make_store(tmp_path, LENGTHS, max_shard_tokens=20, store_dtype=dtype)
+    store = HiddenStateStore.open(tmp_path, layer_ids=layer_ids)
+    batches = loader(store, row_tokens=7)
+    for rows, batch in zip(_pairs(batches.rows(0)), batches.epoch(0), strict=True):
+        assert list(batch.hidden_states) == list(LAYERS if layer_ids is None else layer_ids)
+        for k, states in batch.hidden_states.items():
+            expected = torch.zeros_like(states)
+            assert states.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+            for row, documents in enumerate(rows):
+                whole = torch.cat([store.read(n, 7).hidden_states[k] for n in documents])
+                expected[row, : len(whole)] = whole
+            assert torch.equal(states, expected)
+            assert bool(states.any())
 
 
 def _pairs(rows: list[list[int]]) -> list[list[list[int]]]:
@@ -246,14 +268,14 @@ def test_an_error_comes_where_its_item_would_have(
     store: HiddenStateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = loader(store, rows_per_batch=1)
-    third, read = batches.rows(0)[2][0], store.read
+    third, read = batches.rows(0)[2][0], store.stored
 
     def fail(number: int, max_tokens: int | None = None) -> object:
         if number == third:
             raise OSError("the disk is gone")
         return read(number, max_tokens)
 
-    monkeypatch.setattr(store, "read", fail)
+    monkeypatch.setattr(store, "stored", fail)
     epoch = batches.epoch(0)
     assert next(epoch).tokens > 0
     assert next(epoch).tokens > 0

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -103,7 +103,8 @@ class GenerateSettings(_Settings):
         temperature: of the answers; 0 for the likeliest tokens.
         top_p: of the answers.
         max_new_tokens: of an answer.
-        store_dtype: of the stored states.
+        store_dtype: of the stored states; ``int8`` and ``fp8`` (e4m3) with a scale for each token
+            and stream. ``bf16`` is another name of ``bfloat16``.
         batch_tokens: tokens computed at once.
         files: for ``files``: the folder with ``hs_0.safetensors`` and so on.
         vllm: for ``vllm``: how it is used.
@@ -115,7 +116,10 @@ class GenerateSettings(_Settings):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=512, ge=1)
-    store_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    store_dtype: Annotated[
+        Literal["bfloat16", "float32", "int8", "fp8"],
+        pydantic.BeforeValidator(lambda name: "bfloat16" if name == "bf16" else name),
+    ] = "bfloat16"
     batch_tokens: int = Field(default=16384, ge=1)
     files: str | None = None
     vllm: VllmSettings = VllmSettings()

@@ -179,15 +179,14 @@ class PackedBatches:
         for row, documents in enumerate(rows):
             begin = 0
             for place, number in enumerate(documents):
-                document = self.store.read(number, self.row_tokens)
+                document = self.store.stored(number, self.row_tokens)
                 length = len(document.input_ids)
                 slots = (row, slice(begin, begin + length))
                 batch.input_ids[slots] = document.input_ids
                 batch.loss_mask[slots] = document.loss_mask
                 batch.position_ids[slots] = torch.arange(length)
                 batch.document_ids[slots] = place
-                for k, states in document.hidden_states.items():
-                    batch.hidden_states[k][slots] = states
+                document.unpack_into(batch.hidden_states, row * self.row_tokens + begin)
                 begin += length
         return batch
 

@@ -1,9 +1,14 @@
 """``HiddenStateStore``: the verifier's residual streams of many documents, on a disk.
 
 A folder with ``index.json`` and ``shard-00000.safetensors``, ... A shard holds the tokens of its
-documents one after the other (``input_ids``, ``loss_mask``, ``hidden_states.K``), ``offsets`` where
+documents one after the other (``input_ids``, ``loss_mask``, ``hidden_states``), ``offsets`` where
 documents begin and end, and ``documents``, their numbers in the dataset: they are stored in the
 order in which they were computed. The index has all that can be asked without reading a tensor.
+
+A row of ``hidden_states`` has all streams of a token side by side, in the order of the index's
+``layer_ids``; in int8 and float8 (e4m3) ``scales`` has a number for each of them, as
+``speculators.ops.hidden_state_packing`` defines it. In format 1, which is still read and finished,
+each stream is a tensor of its own, ``hidden_states.K``.
 
 A shard is complete or not there, and the index names only complete ones. So a writer that is killed
 goes on after the last shard, and a reader maps files instead of reading them: a document costs the
@@ -12,10 +17,11 @@ pages that it lies on.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,37 +35,26 @@ from torch import Tensor
 from speculators.atomic import atomic_file
 from speculators.configs.errors import validate
 from speculators.data.artifact import read_manifest
+from speculators.ops.hidden_state_packing import PackedStates, pack, unpack, unpack_into
 
 INDEX = "index.json"
-DTypeName = Literal["bfloat16", "float32"]
+DTypeName = Literal["bfloat16", "float32", "int8", "fp8"]
 
 # No float16: residual streams of common models have entries beyond its largest number, 65504.
-_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+_WITH_SCALES = {"int8", "fp8"}
 _OPEN_SHARDS = 64
 
 
 def bytes_per_token(layers: int, hidden_size: int, dtype: DTypeName) -> int:
-    """What a token takes in a shard: the streams, its id and its loss mask."""
-    return layers * hidden_size * _DTYPES[dtype].itemsize + 4 + 1
-
-
-def encode(layer_id: int, states: Tensor, dtype: DTypeName) -> dict[str, Tensor]:
-    """The tensors that stand for a residual stream in a shard: the place for further dtypes.
-
-    Args:
-        layer_id: the stream's id.
-        states: ``[rows, H]``, any float dtype.
-        dtype: the store's.
-
-    Returns:
-        Name in the shard to a tensor whose first dimension is ``rows``.
-    """
-    return {f"hidden_states.{layer_id}": states.to(_DTYPES[dtype])}
-
-
-def decode(layer_id: int, read: Callable[[str], Tensor]) -> Tensor:
-    """The inverse of ``encode``; ``read`` gives the wanted rows of a shard's tensor by name."""
-    return read(f"hidden_states.{layer_id}")
+    """What a token takes in a shard: the streams and their scales, its id and its loss mask."""
+    scale = 4 if dtype in _WITH_SCALES else 0
+    return layers * (hidden_size * _DTYPES[dtype].itemsize + scale) + 4 + 1
 
 
 class Shard(pydantic.BaseModel):
@@ -74,7 +69,7 @@ class Shard(pydantic.BaseModel):
 class StoreIndex(pydantic.BaseModel):
     """``index.json``. ``made_from`` is what ``content_hash`` was computed from."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     content_hash: str
     made_from: dict[str, Any]
     verifier: str
@@ -125,6 +120,52 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def encode(index: StoreIndex, hidden_states: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """The tensors that stand for a document's residual streams in a shard.
+
+    Args:
+        index: the store's.
+        hidden_states: residual stream id to ``[L, H]``, any device and float dtype.
+
+    Returns:
+        Name in the shard to a tensor whose first dimension is L.
+    """
+    streams = [hidden_states[k] for k in index.layer_ids]
+    dtype = functools.reduce(torch.promote_types, (states.dtype for states in streams))
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    packed = pack([states.to(dtype) for states in streams], dtype=_DTYPES[index.dtype])
+    if index.format_version == 1:
+        parts = packed.data.split(index.hidden_size, dim=1)
+        return {f"hidden_states.{k}": part for k, part in zip(index.layer_ids, parts, strict=True)}
+    tensors = {"hidden_states": packed.data}
+    return tensors if packed.scales is None else tensors | {"scales": packed.scales}
+
+
+def decode(
+    index: StoreIndex, layer_ids: Sequence[int], read: Callable[[str], Tensor]
+) -> dict[tuple[int, ...], PackedStates]:
+    """The inverse of ``encode``, for some streams, which stay packed.
+
+    Args:
+        index: the store's.
+        layer_ids: the streams wanted.
+        read: gives the wanted rows of a shard's tensor by name.
+
+    Returns:
+        Streams that lie side by side, and their packed rows.
+    """
+    if index.format_version == 1:
+        return {(k,): PackedStates(read(f"hidden_states.{k}")) for k in layer_ids}
+    if not layer_ids:
+        return {}
+    scales = read("scales") if index.dtype in _WITH_SCALES else None
+    packed = PackedStates(read("hidden_states"), scales)
+    if list(layer_ids) == index.layer_ids:
+        return {tuple(layer_ids): packed}
+    places = {k: place for place, k in enumerate(index.layer_ids)}
+    return {(k,): packed.layer(places[k], len(places)) for k in layer_ids}
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One document of a store.
@@ -132,13 +173,50 @@ class Document:
     Attributes:
         input_ids: int64 ``[L]``.
         loss_mask: bool ``[L]``, true where the token is to be learned.
-        hidden_states: residual stream id to ``[L, H]``, in the stored dtype. They map the file:
-            what is written into them is lost.
+        hidden_states: residual stream id to ``[L, H]``, in the store's dtype. Without scales they
+            map the file: what is written into them is lost.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     hidden_states: dict[int, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredDocument:
+    """One document as it lies in its shard, mapped.
+
+    Attributes:
+        input_ids: int64 ``[L]``.
+        loss_mask: bool ``[L]``, true where the token is to be learned.
+        packed: residual streams that lie side by side, and their packed rows.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    packed: dict[tuple[int, ...], PackedStates]
+
+    def unpack(self, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Residual stream id to ``[L, H]``; those without scales as they lie in the file."""
+        states: dict[int, Tensor] = {}
+        for layer_ids, packed in self.packed.items():
+            if packed.scales is None:
+                parts: Sequence[Tensor] = packed.data.chunk(len(layer_ids), dim=1)
+            else:
+                parts = unpack(packed, len(layer_ids), dtype=dtype)
+            states |= zip(layer_ids, parts, strict=True)
+        return states
+
+    def unpack_into(self, outputs: Mapping[int, Tensor], first_row: int) -> None:
+        """Puts the residual streams into rows of larger tensors.
+
+        Args:
+            outputs: residual stream id to ``[B, T, H]`` or ``[N, H]``.
+            first_row: where the document begins, rows counted through the batch.
+        """
+        rows = torch.arange(first_row, first_row + len(self.input_ids))
+        for layer_ids, packed in self.packed.items():
+            unpack_into([outputs[k] for k in layer_ids], packed, rows)
 
 
 class HiddenStateStore:
@@ -213,8 +291,8 @@ class HiddenStateStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual streams as they are read."""
-        return _DTYPES[self.index.dtype]
+        """The dtype of the residual streams as they are read: of those with scales bfloat16."""
+        return torch.bfloat16 if self.index.dtype in _WITH_SCALES else _DTYPES[self.index.dtype]
 
     def __len__(self) -> int:
         return self.index.num_documents
@@ -224,6 +302,15 @@ class HiddenStateStore:
 
     def read(self, number: int, max_tokens: int | None = None) -> Document:
         """A document, or its first ``max_tokens`` tokens.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        stored = self.stored(number, max_tokens)
+        return Document(stored.input_ids, stored.loss_mask, stored.unpack(self.dtype))
+
+    def stored(self, number: int, max_tokens: int | None = None) -> StoredDocument:
+        """A document, or its first ``max_tokens`` tokens, with its states still packed.
 
         Raises:
             IndexError: there is no such document.
@@ -239,8 +326,8 @@ class HiddenStateStore:
             tensor: Tensor = file.get_slice(name)[rows]
             return tensor
 
-        states = {k: decode(k, read) for k in self.layer_ids}
-        return Document(read("input_ids").long(), read("loss_mask"), states)
+        packed = decode(self.index, self.layer_ids, read)
+        return StoredDocument(read("input_ids").long(), read("loss_mask"), packed)
 
     def learnable_ids(self) -> Iterator[npt.NDArray[np.int64]]:
         """All ids that are to be learned, document by document; no states are read."""
@@ -302,7 +389,6 @@ class StoreWriter:
                 f"document {number} came with the residual streams {sorted(hidden_states)}; "
                 f"expected {self.index.layer_ids}"
             )
-        encoded: dict[str, Tensor] = {}
         for k in self.index.layer_ids:
             states = hidden_states[k]
             if states.shape != (length, width) or loss_mask.shape != (length,):
@@ -311,16 +397,24 @@ class StoreWriter:
                     f"and residual stream {k} of {list(states.shape)}; expected [{length}] and "
                     f"[{length}, {width}]"
                 )
-            if not bool(states.isfinite().all()):
-                raise ValueError(
-                    f"residual stream {k} of document {number} is not finite; a verifier in "
-                    "float16 may overflow: load it in bfloat16 or float32"
-                )
-            encoded |= encode(k, states, self.index.dtype)
+        encoded = encode(self.index, hidden_states)
+        self._check_finite(number, hidden_states, encoded.get("scales"))
         encoded |= {"input_ids": input_ids.int(), "loss_mask": loss_mask.bool()}
         for name, tensor in encoded.items():
             self._added[name].append(tensor.cpu())
         self._documents.append(number)
+
+    def _check_finite(
+        self, number: int, hidden_states: Mapping[int, Tensor], scales: Tensor | None
+    ) -> None:
+        """A scale is finite if its row is, and there are far fewer of them."""
+        for place, k in enumerate(self.index.layer_ids):
+            values = hidden_states[k] if scales is None else scales[:, place]
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"residual stream {k} of document {number} is not finite; a verifier in "
+                    "float16 may overflow: load it in bfloat16 or float32"
+                )
 
     def write_shard(self) -> None:
         """Writes what was added as one shard, then the index that names it."""

@@ -7,8 +7,8 @@ The operators make one, in either direction.
 
 A store is as large as the disk allows, and training reads all of it every epoch. So rows can be
 packed into one byte an entry, with a scale for each row and layer: a row is scaled so that its
-largest magnitude becomes 127 (``int8``) or 448 (``float8_e4m3fn``), and rounded to the nearest code,
-ties to even. With a the largest magnitude of row r in layer l, and c the largest code,
+largest magnitude becomes 127 (``int8``) or 448 (``float8_e4m3fn``), and rounded to the nearest
+code, ties to even. With a the largest magnitude of row r in layer l, and c the largest code,
 
     code = round(x * (c / a))        scale[r, l] = a / c        x is read as code * scale[r, l]
 
@@ -157,7 +157,7 @@ def pack_reference(
     counts = finite & (largest >= _LEAST_MAGNITUDE)
     scales = torch.where(counts, largest / code, torch.where(finite, 0.0, torch.nan))
     scaled = values * torch.where(counts, code / largest, 0.0)[..., None]
-    scaled = torch.where(scaled.isnan(), 0.0, scaled)  # an infinity times 0
+    scaled = torch.where(finite[..., None], scaled, 0.0)
     codes = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
     return codes.flatten(1), scales
 
@@ -193,7 +193,9 @@ def unpack(packed: PackedStates, layers: int, *, dtype: torch.dtype) -> list[Ten
 def unpack_into(
     outputs: Sequence[Tensor], packed: PackedStates, index: Tensor | None = None
 ) -> None:
-    """Puts packed rows where they are wanted, in place: ``outputs[l][index[r]] = (row r, layer l)``.
+    """Puts packed rows where they are wanted, in place.
+
+    ``outputs[l][index[r]] = row r of layer l``
 
     In outputs ``[B, T, H]`` an index counts through the batch: b T + t. On CUDA nothing waits for
     the device, as in :func:`gather`.

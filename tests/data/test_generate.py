@@ -138,7 +138,8 @@ def test_the_report_counts_what_is_there(tmp_path: pathlib.Path) -> None:
 def test_a_run_that_failed_goes_on_where_it_stopped(
     tmp_path: pathlib.Path, fail_at: int, regenerate: RegenerateSettings | None
 ) -> None:
-    options = OPTIONS | {"regenerate": regenerate}
+    dtype = ("bfloat16", "int8", "fp8", "float32")[fail_at % 4]
+    options = OPTIONS | {"regenerate": regenerate, "store_dtype": dtype}
     documents = random_documents(LENGTHS)
     generate(documents, tmp_path / "whole", KnownWriter(), **options)
     with pytest.raises(RuntimeError, match="the verifier failed"):
@@ -358,6 +359,9 @@ def test_work_that_does_not_fit_is_refused_before_it_begins(
     progress = Recorder()
     generate(documents, tmp_path / "s", source, progress=progress)
     assert progress.messages == ["the hidden states of 2 documents take 4.1 MB; 71.3 MB are free"]
+    progress = Recorder()
+    generate(documents, tmp_path / "int8", source, progress=progress, store_dtype="int8")
+    assert progress.messages == ["the hidden states of 2 documents take 3.5 MB; 71.3 MB are free"]
 
 
 def test_only_what_is_left_must_fit(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from speculators.decoding.generation import generate
 from speculators.decoding.sampling import Sampling
 from speculators.decoding.settings import GenerationSettings, pad_prompts
 from speculators.decoding.tree_drafter import TreeDrafter
-from speculators.decoding.trees import DynamicTree, StaticTree, Tree, layout, paths_from
+from speculators.decoding.trees import DynamicTree, StaticTree, Tree, layout, parse_tree
 from speculators.models.verifier.tree import TokenTree
 from speculators.models.verifier.verifier import Verifier
 from speculators.ops.draft_tree import DraftTree
@@ -378,9 +379,27 @@ def test_layout_of_a_static_tree() -> None:
         (lambda: StaticTree(((0, 0),)), r"\(0, 0\) is in the tree without \[\(0,\)\]"),
         (lambda: StaticTree(((0,), (2,))), r"without \[\(1,\)\]"),
         (lambda: StaticTree.of_widths(()), "one or more"),
-        (lambda: paths_from([[0], [0, 1]]), r"without \[\(0, 0\)\]"),
+        (lambda: parse_tree("4,2,0", 1, 1, 1), "each 1 or more"),
+        (lambda: parse_tree("wide", 1, 1, 1), "the tree is 'wide'; expected dynamic"),
     ],
 )
 def test_what_is_no_tree(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_trees_by_name(tmp_path: Path) -> None:
+    assert parse_tree("dynamic", 9, 3, 2) == DynamicTree(9, 3, 2)
+    assert parse_tree("2, 1", 9, 3, 2) == StaticTree(((0,), (1,), (0, 0), (1, 0)))
+    file = tmp_path / "tree.json"
+    file.write_text("[[0], [1], [0, 0]]")
+    assert parse_tree(str(file), 9, 3, 2) == StaticTree(((0,), (1,), (0, 0)))
+    for text, message in (
+        ("[[0], [0, 1]]", r"without \[\(0, 0\)\]"),
+        ("[[0.5]]", "no tree .* expected a list of paths"),
+        ("3", "no tree"),
+        ("[[", "no tree"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse_tree(str(file), 9, 3, 2)

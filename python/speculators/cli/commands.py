@@ -129,6 +129,22 @@ def evaluate(
     k: Annotated[
         int | None, typer.Option("--k", help="Tokens drafted before each verification.")
     ] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            "--tree", help="Each model with trees, too: dynamic, widths such as 4,2,1, or a .json."
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Of a dynamic tree, those verified.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option("--depth", help="Of a dynamic tree.")] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Find the number of tokens or the tree that is fastest here."
+        ),
+    ] = False,
     suffix_corpus: Annotated[
         str | None,
         typer.Option("--suffix-corpus", help="Earlier outputs for suffix: a folder or a file."),
@@ -153,10 +169,13 @@ def evaluate(
     ngram and suffix draft from the text itself and need no model. With FOLDER+suffix the model and
     the suffix drafter work together: for each token, the one that expects more drafts.
 
+    With --tree each model drafts chains and trees, side by side. With --search many numbers of
+    tokens and many trees are tried on some of the prompts, and the fastest is measured on the rest.
+
     With --against-vllm the same prompts go through vLLM, and what it accepts must be the same.
     """
     with one_line_errors():
-        from speculators.cli.evaluation import compare_with_vllm, evaluate_drafts
+        from speculators.cli.evaluation import compare_with_vllm, evaluate_drafts, search_shapes
 
         # Settings by their dotted names arrive among the drafts, which take all that is left.
         named = drafts or []
@@ -165,12 +184,17 @@ def evaluate(
         words = {
             "evaluate.prompts": prompts,
             "evaluate.k": k,
+            "evaluate.tree": tree,
+            "evaluate.nodes": nodes,
+            "evaluate.depth": depth,
             "evaluate.suffix_corpus": suffix_corpus,
             "verifier.dtype": dtype,
         }
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)
         if against_vllm or endpoint is not None:
             compare_with_vllm(settings, named, output_dir, vllm_python, endpoint)
+        elif search:
+            search_shapes(settings, named, output_dir)
         else:
             evaluate_drafts(settings, named, output_dir)
 

@@ -12,11 +12,13 @@ from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe, VerifierSettings
 from speculators.configs.model_config import SpeculatorModelConfig
-from speculators.decoding.draft_models import WithSuffix
+from speculators.decoding.draft_models import Shaped, WithSuffix
 from speculators.decoding.suffix_drafter import SuffixDrafter
+from speculators.decoding.trees import parse_tree
 from speculators.evaluation.evaluate import NGRAM, SUFFIX, AnyDrafter, evaluate
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport, table
+from speculators.evaluation.search import candidates, search
 from speculators.evaluation.suffix_corpus import read_suffix_corpus
 from speculators.integrations.vllm.contract import check as contract
 from speculators.integrations.vllm.contract.endpoint import Endpoint
@@ -48,6 +50,7 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
         return WithSuffix(model, suffix) if draft.endswith(WITH_SUFFIX) else model
 
     drafters = {name: drafter(draft) for name, draft in _names(drafts).items()}
+    drafters |= trees(recipe, drafters)
     progress = ConsoleProgress()
     report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
     progress.stop()
@@ -56,6 +59,50 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
     if place is not None:
         report.write(place)
         typer.echo(f"{place}/report.md")
+
+
+def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | None) -> None:
+    """Finds the fastest way of drafting, and measures it beside the draft's own.
+
+    Args:
+        recipe: verifier and evaluation settings; without a verifier, the draft's.
+        drafts: one folder or Hub name.
+        output: where the report goes; by default the draft's folder.
+    """
+    if len(drafts) != 1 or _folder(drafts[0]) != drafts[0]:
+        raise UsageError(f"got the drafts {list(drafts)}; a search takes one draft model")
+    verifier, models, folders = _load(recipe, drafts)
+    (model,) = models.values()
+    prompts = _prompts(recipe, verifier)
+    # The winner is measured on prompts that did not choose it.
+    tried, kept = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+    if not tried:
+        raise UsageError(f"there is {len(prompts)} prompt; a search needs at least two")
+    progress = ConsoleProgress()
+
+    def timed(drafters: Mapping[str, AnyDrafter], some: Sequence[Prompt]) -> EvaluationReport:
+        return measure(verifier, drafters, some, recipe, progress, compare_transformers=False)
+
+    found = search(candidates(model), tried, timed)
+    name = next(iter(_names(drafts)))
+    report = measure(
+        verifier, {f"{name}, {found.name}": found.draft, name: model}, kept, recipe, progress
+    )
+    progress.stop()
+    for turn in found.rounds:
+        Console().print(table(turn))
+    Console().print(table(report))
+    folder = output or next(iter(folders.values()))
+    report.write(folder)
+    fastest = report.drafters[report.main]
+    typer.echo(
+        f"fastest here: {found.name} ({fastest.speedup:.2f}x plain decoding, tau "
+        f"{fastest.acceptance.tau:.2f})"
+        if fastest.speedup > 1
+        else f"no way of drafting is faster than plain decoding here; the best is {found.name} "
+        f"({fastest.speedup:.2f}x)"
+    )
+    typer.echo(folder / "report.md")
 
 
 def compare_with_vllm(
@@ -104,6 +151,8 @@ def measure(
     prompts: Sequence[Prompt],
     recipe: Recipe,
     progress: ConsoleProgress,
+    *,
+    compare_transformers: bool = True,
 ) -> EvaluationReport:
     """Runs the evaluation that a recipe asks for."""
     settings = recipe.evaluate
@@ -117,10 +166,27 @@ def measure(
         temperature=settings.temperature,
         seed=recipe.seed,
         repeats=settings.repeats,
+        compare_transformers=compare_transformers,
         verifier_name=_from_here(str(verifier.model.name_or_path)),
         command=sys.argv,
         progress=progress,
     )
+
+
+def trees(recipe: Recipe, drafters: Mapping[str, AnyDrafter]) -> dict[str, AnyDrafter]:
+    """Each draft model once more, with the tree that a recipe asks for, if it does."""
+    settings = recipe.evaluate
+    if settings.tree is None:
+        return {}
+    try:
+        tree = parse_tree(settings.tree, settings.nodes, settings.depth, settings.children)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return {
+        f"{name}, tree": Shaped(draft, tree=tree)
+        for name, draft in drafters.items()
+        if isinstance(draft, SpeculatorModel)
+    }
 
 
 def suffix_drafter(recipe: Recipe, verifier: Verifier) -> SuffixDrafter:

@@ -132,6 +132,11 @@ class EvaluateSettings(_Settings):
         prompts: a file of held-out prompts; None: documents that training held back.
         limit: use only so many.
         k: tokens drafted before each verification; None: as the draft's configuration says.
+        tree: trees that each draft model is measured with, too: ``"dynamic"`` (EAGLE-2), the
+            children of each node by depth such as ``"4,2,1"``, or a .json file of paths of ranks.
+        nodes: of a dynamic tree.
+        depth: of a dynamic tree.
+        children: of a node in a dynamic tree, and how many nodes of each depth have any.
         max_new_tokens: of each answer.
         batch_size: prompts decoded at once.
         temperature: 0 for greedy decoding.
@@ -145,6 +150,10 @@ class EvaluateSettings(_Settings):
     prompts: str | None = None
     limit: int | None = Field(default=64, ge=1)
     k: int | None = Field(default=None, ge=1)
+    tree: str | None = None
+    nodes: int = Field(default=48, ge=1)
+    depth: int = Field(default=6, ge=1)
+    children: int = Field(default=10, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     batch_size: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0)

@@ -13,6 +13,7 @@ from speculators.decoding.sampling import GREEDY
 from speculators.decoding.settings import GenerationSettings
 from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.decoding.tree_drafter import TreeDrafter
+from speculators.decoding.trees import Tree
 from speculators.models.speculator_model import SpeculatorModel
 from speculators.models.verifier.verifier import Verifier
 
@@ -33,7 +34,22 @@ class WithSuffix:
     suffix: SuffixDrafter = dataclasses.field(default_factory=SuffixDrafter)
 
 
-Draft = Drafter | SpeculatorModel | WithSuffix | None
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+    """A draft model that drafts in a way of its own, whatever the settings say.
+
+    Attributes:
+        model: the draft.
+        num_draft_tokens: of its chains; None: as the settings or its configuration say.
+        tree: the shape of its trees, in place of chains.
+    """
+
+    model: SpeculatorModel
+    num_draft_tokens: int | None = None
+    tree: Tree | None = None
+
+
+Draft = Drafter | SpeculatorModel | Shaped | WithSuffix | None
 
 
 def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) -> Drafter | None:
@@ -46,6 +62,9 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
         model = drafter_for(draft.model, verifier, dataclasses.replace(settings, tree=None))
         assert model is not None  # noqa: S101 - for the type checker
         return CombinedDrafter(model, draft.suffix)
+    if isinstance(draft, Shaped):
+        settings = dataclasses.replace(settings, tree=draft.tree)
+        draft = draft.model
     if not isinstance(draft, SpeculatorModel):
         return draft
     if draft.spec.drafting != "chain":
@@ -59,9 +78,18 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
 
 
 def num_draft_tokens(draft: Draft, settings: GenerationSettings) -> int:
-    """Tokens drafted before each verification: as the settings say, else as the draft does."""
+    """Tokens drafted before each verification: as the settings say, else as the draft does.
+
+    Of a tree those on its longest branch.
+    """
     if draft is None:
         return 0
+    if isinstance(draft, Shaped):
+        if draft.tree is not None:
+            return draft.tree.depth
+        if draft.num_draft_tokens is not None:
+            return draft.num_draft_tokens
+        draft = draft.model
     if settings.num_draft_tokens is not None:
         return settings.num_draft_tokens
     if isinstance(draft, WithSuffix):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+import operator
+import pathlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +45,10 @@ class DynamicTree:
                 f"a tree of depth {self.depth} with {self.nodes} nodes; expected at least one for "
                 "each depth"
             )
+
+    def __str__(self) -> str:
+        """Such as ``best 48 nodes, 6 deep, 10 children``."""
+        return f"best {self.nodes} nodes, {self.depth} deep, {self.children} children"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,10 @@ class StaticTree:
         for depth in range(1, len(widths) + 1):
             paths += itertools.product(*(range(width) for width in widths[:depth]))
         return cls(tuple(paths), replacement)
+
+    def __str__(self) -> str:
+        """Such as ``20 nodes, 4 deep``."""
+        return f"{self.nodes} nodes, {self.depth} deep"
 
     @property
     def depth(self) -> int:
@@ -173,10 +184,38 @@ def layout(tree: StaticTree, device: torch.device) -> Layout:
     )
 
 
-def paths_from(nested: Iterable[Iterable[int]]) -> StaticTree:
-    """A static tree of lists of ranks, as JSON has them.
+DYNAMIC = "dynamic"
+
+
+def parse_tree(text: str, nodes: int, depth: int, children: int) -> Tree:
+    """A tree as the command line names it.
+
+    Args:
+        text: ``"dynamic"``; or the children of each node by depth, such as ``"4,2,1"``; or a file
+            of JSON with a list of paths, such as ``[[0], [1], [0, 0]]``.
+        nodes: of a dynamic tree.
+        depth: of a dynamic tree.
+        children: of a node in a dynamic tree.
 
     Raises:
-        ValueError: they are no paths of a tree.
+        ValueError: it is none of these, or no tree.
+        OSError: the file cannot be read.
     """
-    return StaticTree(tuple(tuple(int(rank) for rank in path) for path in nested))
+    if text == DYNAMIC:
+        return DynamicTree(nodes, depth, children)
+    if all(width.strip().isdecimal() for width in text.split(",")):
+        return StaticTree.of_widths([int(width) for width in text.split(",")])
+    if not text.endswith(".json"):
+        raise ValueError(
+            f"the tree is {text!r}; expected {DYNAMIC}, the children of each node by depth such as "
+            "4,2,1, or a .json file with a list of paths"
+        )
+    try:
+        found: object = json.loads(pathlib.Path(text).read_text(encoding="utf-8"))
+        paths = tuple(tuple(map(operator.index, path)) for path in found)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{text} is no tree ({error}); expected a list of paths, each a list of ranks, such as "
+            "[[0], [1], [0, 0]]"
+        ) from error
+    return StaticTree(paths)

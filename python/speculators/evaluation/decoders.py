@@ -12,7 +12,7 @@ import torch
 
 from speculators.data.ordering import derived_seed
 from speculators.decoding.acceptance import AcceptanceCounts
-from speculators.decoding.draft_models import WithSuffix, drafter_for, num_draft_tokens
+from speculators.decoding.draft_models import Shaped, WithSuffix, drafter_for, num_draft_tokens
 from speculators.decoding.drafters import Drafter
 from speculators.decoding.generation import generate
 from speculators.decoding.sampling import Sampling
@@ -43,7 +43,7 @@ class Decoded:
 
 
 Run = Callable[[int], Decoded]
-AnyDraft = SpeculatorModel | WithSuffix | Drafter
+AnyDraft = SpeculatorModel | Shaped | WithSuffix | Drafter
 
 
 class Batches:

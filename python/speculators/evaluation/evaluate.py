@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from speculators.data.generate import Progress
 from speculators.decoding.acceptance import AcceptanceCounts
-from speculators.decoding.draft_models import WithSuffix
+from speculators.decoding.draft_models import Shaped, WithSuffix
 from speculators.decoding.drafters import Drafter, NgramDrafter
 from speculators.decoding.suffix_drafter import SuffixDrafter
 from speculators.evaluation.acceptance import acceptance_result
@@ -36,7 +36,7 @@ NGRAM = "ngram"
 SUFFIX = "suffix"
 """What stands for a suffix drafter, which needs none either."""
 
-AnyDrafter = SpeculatorModel | WithSuffix | Drafter | str
+AnyDrafter = SpeculatorModel | Shaped | WithSuffix | Drafter | str
 
 _Done = list[Timed[Decoded]]
 
@@ -63,8 +63,8 @@ def evaluate(
     Args:
         verifier: the model whose text it is.
         drafters: a name for each, to a draft model, one with matches beside it (``WithSuffix``),
-            another drafter, ``"ngram"`` or ``"suffix"``. The first one is the main one of the
-            report.
+            one with a number of tokens or a tree of its own (``Shaped``), another drafter,
+            ``"ngram"`` or ``"suffix"``. The first one is the main one of the report.
         prompts: what to continue.
         k: tokens drafted before each verification; None: as each draft's configuration says.
         max_new_tokens: tokens that each prompt is continued with, unless its text ends before.
@@ -188,6 +188,8 @@ def _draft(name: str, draft: AnyDrafter) -> AnyDraft:
 
 
 def _kind(draft: AnyDraft) -> str:
+    if isinstance(draft, Shaped):
+        return _kind(draft.model)
     if isinstance(draft, WithSuffix):
         return f"{_kind(draft.model)} + {SUFFIX}"
     return draft.spec.name if isinstance(draft, SpeculatorModel) else type(draft).__name__
@@ -211,6 +213,7 @@ def _result(
         share = drafting / sum(batch.seconds[0] for batch in done)
     return DrafterResult(
         kind=_kind(draft),
+        tree=str(draft.tree) if isinstance(draft, Shaped) and draft.tree else None,
         acceptance=acceptance_result(counts, traces, batches.k(draft), batches.seed),
         speed=speed,
         speedup=speed.tokens_per_second / plain.tokens_per_second,

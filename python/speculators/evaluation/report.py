@@ -229,6 +229,7 @@ def markdown(report: EvaluationReport) -> str:
         asked,
         _markdown_table(_HEADER, _rows(report)),
         _NOTES,
+        *(f"{name} drafts trees: {r.tree}." for name, r in report.drafters.items() if r.tree),
         "## Acceptance by position",
         _POSITIONS,
         _markdown_table(("position", *report.drafters), positions),
@@ -258,7 +259,7 @@ def _rows(report: EvaluationReport) -> list[list[str]]:
         rows.append(
             [
                 name,
-                str(figures.k),
+                str(figures.k) if result.tree is None else f"{figures.k} deep",
                 _number(figures.tau),
                 interval,
                 *_speed(result.speed, result.speedup),

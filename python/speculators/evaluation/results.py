@@ -28,7 +28,7 @@ class AcceptanceResult(_Result):
     """How much of what was drafted the verifier accepted; definitions in ``decoding.acceptance``.
 
     Attributes:
-        k: tokens that were to be drafted before each verification.
+        k: tokens that were to be drafted before each verification; of a tree its depth.
         tau: emitted tokens per verification, 1 + accepted tokens / verifications, over all prompts
             together; the pass over the prompt is not counted.
         tau_interval: its 95 % interval over prompts.
@@ -115,7 +115,8 @@ class DrafterResult(_Result):
     Attributes:
         kind: the algorithm of a model, with `` + suffix`` where matches draft beside it, or the
             drafter's class.
-        acceptance: what the verifier accepted.
+        tree: the shape of its trees, in words; None for chains.
+        acceptance: what the verifier accepted; of trees by depth.
         speed: of decoding with it.
         speedup: its tokens per second, divided by plain decoding's.
         draft_time_share: the drafter's share in the time; None where it is not measured, as on
@@ -124,6 +125,7 @@ class DrafterResult(_Result):
     """
 
     kind: str
+    tree: str | None = None
     acceptance: AcceptanceResult
     speed: SpeedResult
     speedup: float

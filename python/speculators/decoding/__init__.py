@@ -5,6 +5,8 @@
 ``settings``          ``GenerationSettings``: what a caller can choose
 ``drafters``          ``Drafter``: what drafts; ``NgramDrafter``, which needs no model
 ``chain``             ``ChainDrafter``: drafts with a model, one token after the other
+``trees``             ``DynamicTree``, ``StaticTree``: the shapes of drafted trees
+``tree_drafter``      ``TreeDrafter``: drafts several tokens after each, with a model
 ``suffix_drafter``    ``SuffixDrafter``: drafts what followed the same tokens before, by counts
 ``combined_drafter``  ``CombinedDrafter``: a model or matches, whichever expects more
 ``draft_models``      which drafter serves a model
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.decoding.combined_drafter import CombinedDrafter as CombinedDrafter
     from speculators.decoding.divergence import Divergence as Divergence
     from speculators.decoding.divergence import first_divergence as first_divergence
+    from speculators.decoding.draft_models import Shaped as Shaped
     from speculators.decoding.draft_models import WithSuffix as WithSuffix
     from speculators.decoding.drafters import Drafter as Drafter
     from speculators.decoding.drafters import NgramDrafter as NgramDrafter
@@ -39,6 +42,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from speculators.decoding.settings import GenerationSettings as GenerationSettings
     from speculators.decoding.suffix_drafter import SuffixDrafter as SuffixDrafter
     from speculators.decoding.suffix_drafter import suffix_corpus as suffix_corpus
+    from speculators.decoding.tree_drafter import TreeDrafter as TreeDrafter
+    from speculators.decoding.trees import DynamicTree as DynamicTree
+    from speculators.decoding.trees import StaticTree as StaticTree
 
 _DEFINED_IN = {
     "AcceptanceCounts": "speculators.decoding.acceptance",
@@ -46,12 +52,16 @@ _DEFINED_IN = {
     "CombinedDrafter": "speculators.decoding.combined_drafter",
     "Divergence": "speculators.decoding.divergence",
     "Drafter": "speculators.decoding.drafters",
+    "DynamicTree": "speculators.decoding.trees",
     "GenerationOutput": "speculators.decoding.generation",
     "GenerationSettings": "speculators.decoding.settings",
     "NgramDrafter": "speculators.decoding.drafters",
     "Proposal": "speculators.decoding.drafters",
     "Sampling": "speculators.decoding.sampling",
+    "Shaped": "speculators.decoding.draft_models",
+    "StaticTree": "speculators.decoding.trees",
     "SuffixDrafter": "speculators.decoding.suffix_drafter",
+    "TreeDrafter": "speculators.decoding.tree_drafter",
     "WithSuffix": "speculators.decoding.draft_models",
     "first_divergence": "speculators.decoding.divergence",
     "generate": "speculators.decoding.generation",

@@ -3,6 +3,7 @@
 =========================  =======================================================================
 ``evaluate``               the stage: held-out prompts, several drafters side by side, one report
 ``prompts``                conversations, texts or token ids from files -> prompts
+``search``                 which number of tokens, or which tree, is fastest
 ``suffix_corpus``          earlier outputs for the suffix drafter, from files
 ``acceptance``             tau with its interval, acceptance by position, from what the loop counted
 ``decoders``               what is compared: plain decoding, with each drafter, transformers' own
@@ -48,6 +49,7 @@ _MODULES = (
     "prompts",
     "report",
     "results",
+    "search",
     "speed",
     "suffix_corpus",
     "transformers_generate",

@@ -1,0 +1,106 @@
+"""Trees side by side with chains in a report, and the search for what is fastest."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.models.verifier_models import make, tokens
+
+from speculators.decoding import DynamicTree, Shaped, StaticTree
+from speculators.evaluation import EvaluationReport, Prompt
+from speculators.evaluation.evaluate import evaluate
+from speculators.evaluation.report import markdown
+from speculators.evaluation.search import candidates, search
+from speculators.models import SpeculatorModel, find_algorithm
+from speculators.models.verifier import Verifier
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    return Verifier(make("llama"))
+
+
+@pytest.fixture(scope="module")
+def draft(verifier: Verifier) -> SpeculatorModel:
+    torch.manual_seed(1)
+    config = find_algorithm("eagle").new_config(verifier.config, speculative_tokens=3)
+    return SpeculatorModel.from_config(config, verifier).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return [Prompt(tokens(1, 4 + n % 3, seed=n)[0], n + 1, "asked.jsonl") for n in range(8)]
+
+
+def test_chains_and_trees_side_by_side(
+    verifier: Verifier, draft: SpeculatorModel, prompts: list[Prompt]
+) -> None:
+    report = evaluate(
+        verifier,
+        {
+            "own": draft,
+            "two": Shaped(draft, num_draft_tokens=2),
+            "wide": Shaped(draft, tree=StaticTree.of_widths((6, 6))),
+            "best": Shaped(draft, tree=DynamicTree(12, 4, 6)),
+        },
+        prompts[:3], max_new_tokens=12, batch_size=3, warmup=0, compare_transformers=False,
+    )  # fmt: skip
+    results = report.drafters
+    assert [result.acceptance.k for result in results.values()] == [3, 2, 2, 4]
+    assert [len(result.acceptance.acceptance_by_position) for result in results.values()] == [
+        3, 2, 2, 4,
+    ]  # fmt: skip
+    assert {result.kind for result in results.values()} == {"eagle"}
+    for result in results.values():
+        assert result.comparison is not None
+        assert result.comparison.identical
+        assert result.draft_time_share is not None
+        assert 0 < result.draft_time_share < 1
+    assert results["own"].tree is None
+    assert results["wide"].tree == "42 nodes, 2 deep"
+    text = markdown(report)
+    assert "best drafts trees: best 12 nodes, 4 deep, 6 children." in text
+    assert "| wide | 2 deep |" in text
+    assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_the_fastest_is_found_in_rounds(
+    verifier: Verifier, draft: SpeculatorModel, prompts: list[Prompt]
+) -> None:
+    """The speeds are a script; a late candidate that looks slow on few prompts does not win."""
+    names = list(candidates(draft))
+    speeds = {name: 100.0 + 7 * n % 50 for n, name in enumerate(names)}
+    fastest = max(speeds, key=lambda name: speeds[name])
+    asked: list[tuple[int, int]] = []
+
+    def measured(drafts: Mapping[str, Any], some: Sequence[Prompt]) -> EvaluationReport:
+        asked.append((len(drafts), len(some)))
+        report = evaluate(
+            verifier, drafts, some[:1], max_new_tokens=2, warmup=0, compare_transformers=False
+        )
+        drafters = {
+            name: result.model_copy(
+                update={
+                    "speed": result.speed.model_copy(update={"tokens_per_second": speeds[name]})
+                }
+            )
+            for name, result in report.drafters.items()
+        }
+        return report.model_copy(update={"drafters": drafters})
+
+    found = search(candidates(draft), prompts, measured)
+    assert found.name == fastest
+    assert found.draft == candidates(draft)[fastest]
+    assert asked == [(21, 2), (11, 4), (6, 8)]
+    assert [len(report.drafters) for report in found.rounds] == [count for count, _ in asked]
+
+
+def test_a_search_over_nothing(draft: SpeculatorModel, prompts: list[Prompt]) -> None:
+    def never(_: Mapping[str, Any], __: Sequence[Prompt]) -> EvaluationReport:
+        raise AssertionError("nothing should be measured")
+
+    with pytest.raises(ValueError, match="got 0 candidates and 8 prompts"):
+        search({}, prompts, never)
+    with pytest.raises(ValueError, match="and 0 prompts"):
+        search(candidates(draft), [], never)

@@ -12,9 +12,8 @@
 
 namespace speculators {
 
-// e^x for x <= 88. Below -87.33, where the result would be less than the smallest normal float, it
-// is 0. NaN stays NaN.
-SPECULATORS_INLINE float exponential(float x) {
+// e^x for -87.33 <= x <= 88, where the result is a normal float.
+SPECULATORS_INLINE float exponential_in_range(float x) {
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f;  // few bits, so that n * kLn2High is exact
   constexpr float kLn2Low = -2.12194440e-4f;
@@ -30,9 +29,25 @@ SPECULATORS_INLINE float exponential(float x) {
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
   const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u);
-  // A mask and no choice between two values, which some compilers would make a branch.
-  const uint32_t mask = static_cast<uint32_t>(x < -87.33f) - 1;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(y * power) & mask);
+  return y * power;
+}
+
+// The value, or 0. A mask and no choice between two values, which some compilers would make a
+// branch.
+SPECULATORS_INLINE float value_unless(bool zero, float value) {
+  const uint32_t mask = static_cast<uint32_t>(zero) - 1;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & mask);
+}
+
+// e^x for x <= 88. Below -87.33, where the result would be less than the smallest normal float, it
+// is 0. NaN stays NaN.
+SPECULATORS_INLINE float exponential(float x) {
+  return value_unless(x < -87.33f, exponential_in_range(x));
+}
+
+// The same, but 0 for NaN too.
+SPECULATORS_INLINE float exponential_or_zero(float x) {
+  return value_unless(!(x >= -87.33f), exponential_in_range(x));
 }
 
 // log x for normal x > 0; something finite for every other x.

@@ -25,7 +25,7 @@ mode                       siblings                    rule
 What is biased is refused where it can be seen: a q rule on a tree that was selected by score, q
 with point masses, a token that its q cannot have drawn (a duplicate without replacement is one).
 What cannot be seen is up to the caller: q must be the very distribution that was drawn from, and
-no duplicate may be left out with replacement.
+no duplicate may be left out with replacement (the children that then remain were drawn without).
 """
 
 import dataclasses
@@ -388,7 +388,7 @@ def _verify_sampling_fake(
     return _verify_greedy_fake(logits, tokens, parents)
 
 
-if backend.LIBRARIES[Backend.CPU].loaded and hasattr(torch.ops.speculators, "build_tree"):
+if backend.LIBRARIES[Backend.CPU].loaded:
     torch.library.register_fake("speculators::build_tree", _build_tree_fake)
     torch.library.register_fake("speculators::verify_greedy", _verify_greedy_fake)
     torch.library.register_fake("speculators::verify_sampling", _verify_sampling_fake)

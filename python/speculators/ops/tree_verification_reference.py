@@ -184,7 +184,8 @@ class _Tree:
 
 def _walk_by_token(tree: _Tree, choice: Callable[[int], int]) -> tuple[list[int], int]:
     """Goes to the child that is the one token chosen after a node; the path and the bonus."""
-    path, node = [], 0
+    path: list[int] = []
+    node = 0
     while True:
         token = choice(node)
         child = next((c for c in tree.children(node) if tree.tokens[c] == token), None)
@@ -198,7 +199,8 @@ def _walk_by_siblings(
     tree: _Tree, p: Tensor, q: Tensor, uniforms: list[float], without_replacement: bool
 ) -> tuple[list[int], int]:
     """Tests children one after the other against what q drew them from; the path and the bonus."""
-    path, node = [], 0
+    path: list[int] = []
+    node = 0
     while True:
         r, rest = p[node], q[min(node, len(q) - 1)]  # a leaf's q is not read
         accepted = None

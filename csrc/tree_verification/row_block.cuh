@@ -56,7 +56,6 @@ enum class VerifyBug {
   kTestsWithTheRootsNumber,
   kKeepsTheResidualOfTheParent,
   // residual_kernel
-  kResidualIsNegative,
   kResidualOfAnotherNode,
   kResidualForgetsQ,
   kResidualReadsPastTheRow,

@@ -239,7 +239,7 @@ __device__ inline int draw_token(const NodeRow<T>& row, const VerifyWorkspace& w
   const int items = (work.chunk + blockDim.x - 1) / blockDim.x;
   const int begin = chunk * work.chunk + static_cast<int>(threadIdx.x) * items;
   int end = min(min(begin + items, (chunk + 1) * work.chunk), row.width);
-  if (kBug == VerifyBug::kDrawsPastTheRow) end = min(begin + items, row.width + 1);
+  if (kBug == VerifyBug::kDrawsPastTheRow) end = begin + items;
   double mine = 0;
   for (int i = begin; i < end; ++i) mine += row.weight(i);
   double sum = scan_block(mine, scratch);

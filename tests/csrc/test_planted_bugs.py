@@ -14,6 +14,8 @@ GATHER = CSRC / "hidden_state_packing" / "gather_emulator_test"
 PACK = CSRC / "hidden_state_packing" / "pack_emulator_test"
 ROW_LOSSES = CSRC / "distillation_loss" / "row_losses_emulator_test"
 MERGE = CSRC / "draft_attention" / "merge_emulator_test"
+BUILD_TREE = CSRC / "tree_verification" / "build_tree_emulator_test"
+VERIFICATION = CSRC / "tree_verification" / "verification_emulator_test"
 EMULATOR = CSRC / "common" / "cuda_emulator_test"
 
 # Program, suffix of the build, bug, what the failure says.
@@ -83,6 +85,49 @@ PLANTS = [
     (MERGE, "_address", "backward_reads_past_the_head", "AddressSanitizer"),
     (MERGE, "_thread", "reads_factors_too_early", "ThreadSanitizer: data race"),
     (MERGE, "_thread", "warps_share_factors", "ThreadSanitizer: data race"),
+    (BUILD_TREE, "", "takes_the_later_of_equal_scores", "gave a wrong result"),
+    (BUILD_TREE, "", "ignores_the_parents_score", "gave a wrong result"),
+    (BUILD_TREE, "", "keeps_what_is_no_candidate", "gave a wrong result"),
+    (BUILD_TREE, "", "sorts_by_score_alone", "gave a wrong result"),
+    (BUILD_TREE, "", "forgets_the_node_itself", "gave a wrong result"),
+    (BUILD_TREE, "", "sees_one_word_only", "gave a wrong result"),
+    (BUILD_TREE, "", "links_nodes_of_other_parents", "gave a wrong result"),
+    (BUILD_TREE, "", "stops_after_one_sequence", "gave a wrong result"),
+    (BUILD_TREE, "_address", "writes_masks_past_the_tree", "AddressSanitizer"),
+    (BUILD_TREE, "_thread", "counts_ranks_too_early", "ThreadSanitizer: data race"),
+    (VERIFICATION, "_address", "summary_reads_past_the_row", "AddressSanitizer"),
+    (VERIFICATION, "", "summary_takes_the_last_of_equal_logits", "gave a wrong result"),
+    (VERIFICATION, "", "summary_forgets_the_temperature", "gave a wrong result"),
+    (VERIFICATION, "", "summary_ignores_node_stride", "gave a wrong result"),
+    (VERIFICATION, "", "summary_stops_after_one_unit", "gave a wrong result"),
+    (VERIFICATION, "_thread", "reads_the_largest_too_early", "ThreadSanitizer: data race"),
+    (VERIFICATION, "", "keeps_the_old_histogram", "gave a wrong result"),
+    (VERIFICATION, "", "top_k_loses_ties", "gave a wrong result"),
+    (VERIFICATION, "", "top_p_keeps_all_ties", "gave a wrong result"),
+    (VERIFICATION, "", "top_p_ignores_top_k", "gave a wrong result"),
+    (VERIFICATION, "_thread", "reads_the_histogram_too_early", "ThreadSanitizer: data race"),
+    (VERIFICATION, "", "takes_the_last_equal_child", "gave a wrong result"),
+    (VERIFICATION, "", "takes_another_nodes_child", "gave a wrong result"),
+    (VERIFICATION, "", "leaves_the_end_of_the_path", "gave a wrong result"),
+    (VERIFICATION, "", "stops_after_one_sequence", "gave a wrong result"),
+    (VERIFICATION, "_address", "reads_past_the_tree", "AddressSanitizer"),
+    (VERIFICATION, "", "takes_the_last_equal_chunk", "gave a wrong result"),
+    (VERIFICATION, "", "ignores_the_last_chunk", "gave a wrong result"),
+    (VERIFICATION, "", "forgets_to_rescale_chunks", "gave a wrong result"),
+    (VERIFICATION, "", "draws_from_the_first_chunk", "gave a wrong result"),
+    (VERIFICATION, "", "forgets_the_threads_before", "gave a wrong result"),
+    (VERIFICATION, "_address", "draws_past_the_row", "AddressSanitizer"),
+    (VERIFICATION, "_thread", "reads_masses_too_early", "ThreadSanitizer: data race"),
+    (VERIFICATION, "", "accepts_with_the_unscaled_ratio", "gave a wrong result"),
+    (VERIFICATION, "", "forgets_the_rejection", "gave a wrong result"),
+    (VERIFICATION, "", "keeps_q_of_the_seen", "gave a wrong result"),
+    (VERIFICATION, "", "tests_with_the_roots_number", "gave a wrong result"),
+    (VERIFICATION, "", "keeps_the_residual_of_the_parent", "gave a wrong result"),
+    (VERIFICATION, "", "residual_of_another_node", "gave a wrong result"),
+    (VERIFICATION, "", "residual_forgets_q", "gave a wrong result"),
+    (VERIFICATION, "_address", "residual_reads_past_the_row", "AddressSanitizer"),
+    (VERIFICATION, "", "residual_of_the_first_chunk", "gave a wrong result"),
+    (VERIFICATION, "", "residual_skips_sequences", "gave a wrong result"),
 ]
 
 

@@ -18,6 +18,7 @@ from speculators.decoding.drafters import Proposal, TreeProposal
 from speculators.decoding.generation import generate
 from speculators.decoding.sampling import Sampling
 from speculators.decoding.settings import GenerationSettings, pad_prompts
+from speculators.decoding.suffix_drafter import SuffixDrafter, suffix_corpus
 from speculators.decoding.tree_drafter import TreeDrafter
 from speculators.decoding.trees import DynamicTree, StaticTree, Tree, layout, parse_tree
 from speculators.models.verifier.tree import TokenTree
@@ -89,6 +90,18 @@ def test_a_tree_that_never_branches_is_the_chain(algorithm: str, shape: Tree) ->
         assert tree.tokens[:, 1:].tolist() == drafter.propose(4, None).tokens.tolist()
         assert tree.tokens[:, 0].tolist() == roots.tolist()
         assert tree.parents.tolist() == [[-1, 0, 1, 2, 3]] * 4
+
+
+def test_matches_draft_trees(verifier: Verifier) -> None:
+    corpus = suffix_corpus([*PROMPTS, *expected(verifier), [1, 2, 3, 4, 5], [1, 2, 6, 7]])
+    drafter = SuffixDrafter(corpus, tree_nodes=12)
+    output = generate(verifier, drafter, PROMPTS, GenerationSettings(max_new_tokens=NEW))
+    assert output.sequences == expected(verifier)
+    assert output.acceptance.tau > 3  # the corpus has the texts
+    drafter.prefill(torch.tensor([[9, 1]]), [2], torch.tensor([2]), {})
+    tree = drafter.propose_tree(torch.tensor([2]), None).tree
+    after_root = tree.tokens[0][tree.parents[0] == 0].tolist()
+    assert {3, 6} <= set(after_root)  # both ways in which the corpus goes on
 
 
 class ScriptedTrees:

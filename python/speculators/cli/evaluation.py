@@ -50,7 +50,7 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
         return WithSuffix(model, suffix) if draft.endswith(WITH_SUFFIX) else model
 
     drafters = {name: drafter(draft) for name, draft in _names(drafts).items()}
-    drafters |= trees(recipe, drafters)
+    drafters |= trees(recipe, verifier, drafters)
     progress = ConsoleProgress()
     report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
     progress.stop()
@@ -173,8 +173,10 @@ def measure(
     )
 
 
-def trees(recipe: Recipe, drafters: Mapping[str, AnyDrafter]) -> dict[str, AnyDrafter]:
-    """Each draft model once more, with the tree that a recipe asks for, if it does."""
+def trees(
+    recipe: Recipe, verifier: Verifier, drafters: Mapping[str, AnyDrafter]
+) -> dict[str, AnyDrafter]:
+    """Each that can once more, with the tree that a recipe asks for, if it does."""
     settings = recipe.evaluate
     if settings.tree is None:
         return {}
@@ -182,19 +184,20 @@ def trees(recipe: Recipe, drafters: Mapping[str, AnyDrafter]) -> dict[str, AnyDr
         tree = parse_tree(settings.tree, settings.nodes, settings.depth, settings.children)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return {
-        f"{name}, tree": Shaped(draft, tree=tree)
-        for name, draft in drafters.items()
-        if isinstance(draft, SpeculatorModel)
-    }
+    found: dict[str, AnyDrafter] = {}
+    for name, draft in drafters.items():
+        if isinstance(draft, SpeculatorModel):
+            found[f"{name}, tree"] = Shaped(draft, tree=tree)
+        elif isinstance(draft, SuffixDrafter):
+            found[f"{name}, tree"] = suffix_drafter(recipe, verifier, tree_nodes=tree.nodes)
+    return found
 
 
-def suffix_drafter(recipe: Recipe, verifier: Verifier) -> SuffixDrafter:
+def suffix_drafter(recipe: Recipe, verifier: Verifier, *, tree_nodes: int = 0) -> SuffixDrafter:
     """The suffix drafter with the corpus that a recipe names, if it does."""
-    corpus = recipe.evaluate.suffix_corpus
-    if corpus is None:
-        return SuffixDrafter()
-    return SuffixDrafter(read_suffix_corpus(corpus, verifier.tokenizer))
+    path = recipe.evaluate.suffix_corpus
+    corpus = None if path is None else read_suffix_corpus(path, verifier.tokenizer)
+    return SuffixDrafter(corpus, tree_nodes=tree_nodes)
 
 
 def load_verifier(settings: VerifierSettings, path: str) -> Verifier:

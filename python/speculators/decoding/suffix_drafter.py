@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculators.decoding.drafters import Proposal
+from speculators.decoding.drafters import Proposal, TreeProposal
+from speculators.models.verifier.tree import TokenTree
+from speculators.ops.draft_tree import DraftTree
 from speculators.ops.host import SuffixDraft, SuffixIndex, TokenIds
 
 MAX_MATCH = 32
@@ -48,6 +50,7 @@ class SuffixDrafter:
             the estimates are about right on the tiny verifier's texts: what followed a match of m
             tokens that occurs once follows again in m of m + 2 cases.
         capacity: tokens of a sequence that are kept, the newest ones.
+        tree_nodes: tokens of a tree, where matches go on in several ways; 0 drafts chains.
 
     Raises:
         ValueError: a number is out of its range.
@@ -65,7 +68,11 @@ class SuffixDrafter:
         min_probability: float = 0.02,
         doubt: float = 2.0,
         capacity: int = 2**17,
+        tree_nodes: int = 0,
     ) -> None:
+        if tree_nodes < 0:
+            raise ValueError(f"tree_nodes is {tree_nodes}; expected 0 (chains) or at least 1")
+        self.tree_nodes = self.tree_depth = tree_nodes  # a tree may be a chain
         self._corpus = SuffixIndex(max_match=MAX_MATCH) if remember and corpus is None else corpus
         self._remember = remember
         self._min_match = min_match
@@ -99,6 +106,27 @@ class SuffixDrafter:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         del uniforms
         return self.proposal(self.propose_chains(count))
+
+    def propose_tree(self, roots: Tensor, uniforms: Tensor | None) -> TreeProposal:
+        """See :class:`~speculators.decoding.drafters.TreeDrafting`."""
+        del uniforms
+        drafts = self.propose_trees(self.tree_nodes)
+        width = 1 + max(len(draft.tokens) for draft in drafts)
+        tokens = roots[:, None].cpu().repeat(1, width)
+        parents = torch.full_like(tokens, -1)
+        depths = torch.zeros_like(tokens)
+        sees = torch.eye(width, dtype=torch.bool).repeat(len(drafts), 1, 1)
+        for row, draft in enumerate(drafts):
+            for node, parent in enumerate((draft.parents + 1).tolist(), 1):
+                parents[row, node] = parent
+                depths[row, node] = depths[row, parent] + 1
+                sees[row, node] |= sees[row, parent]
+            tokens[row, 1 : 1 + len(draft.tokens)] = torch.from_numpy(draft.tokens)
+        device = self._device
+        return TreeProposal(
+            DraftTree(tokens.to(device), parents.to(device)),
+            TokenTree(depths.to(device), sees.to(device)),
+        )
 
     def update(self, tokens: Tensor, counts: Sequence[int], streams: Mapping[int, Tensor]) -> None:
         """See :class:`~speculators.decoding.drafters.Drafter`."""

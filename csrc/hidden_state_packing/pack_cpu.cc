@@ -4,7 +4,6 @@
 // largest is one instruction for 32 entries of 16 bits, and an infinity or a NaN comes out as the
 // largest of all. target_clones compiles the loops three times and lets the machine choose.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -90,6 +89,7 @@ template <StateFormat kFrom, StateFormat kTo>
 SPECULATORS_INLINE void unpack_row(const Bits<kFrom>* from, float scale, int64_t width,
                                    Bits<kTo>* to) {
   if constexpr (kFrom == kTo) {
+    if (width == 0) return;  // memcpy takes no null pointer, not even for nothing
     std::memcpy(to, from, static_cast<size_t>(width) * sizeof(Bits<kTo>));
   } else {
 #pragma omp simd

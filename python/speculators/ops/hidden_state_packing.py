@@ -53,7 +53,8 @@ class PackedStates:
         """One of so many layers; nothing is copied."""
         width = self.data.shape[1] // layers
         data = self.data[:, number * width : (number + 1) * width]
-        return PackedStates(data, None if self.scales is None else self.scales[:, [number]])
+        scales = None if self.scales is None else self.scales[:, number : number + 1]
+        return PackedStates(data, scales)
 
 
 def gather(hidden_states: Sequence[Tensor], index: Tensor) -> Tensor:

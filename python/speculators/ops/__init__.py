@@ -9,7 +9,7 @@
 ``draft_attention``        attention of drafts in training: a causal step, then one key per step
 ``draft_tree``             drafted tokens as a tree; a chain is the tree that never branches
 ``hidden_state_packing``   rows of several layers' hidden states, side by side in one buffer
-``host``                   work on the host that needs no torch: packing documents into rows
+``host``                   work on the host that needs no torch: packing documents, suffix index
 ``tree_verification``      the best tree of drafted tokens, and what the verifier accepts of it
 ``backend``                the choice between ``_C_cuda``, ``_C`` and the reference
 =========================  ================================================================

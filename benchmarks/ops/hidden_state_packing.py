@@ -1,14 +1,15 @@
-"""Hidden-state packing against torch's operators, eager and compiled.
+"""Hidden-state packing and unpacking against torch's operators, eager and compiled.
 
-Rows of L layers are picked and put side by side. The floor is a copy of the bytes that must be
-moved: each picked row is read once, and what becomes of it is written once. To add a mode is to add
-a line to ``MODES``.
+Rows of L layers are picked and put side by side, as they are or in a byte an entry, and put back
+into a tensor for each layer. The floor is a copy of the bytes that must be moved: each picked row
+is read once, and what becomes of it is written once. To add a mode is to add a line to ``MODES``.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from benchmarks.measurement import Call, dtype_of
@@ -16,34 +17,89 @@ from benchmarks.ops.bench import Bench, compiled
 from benchmarks.report import Row
 from torch import Tensor
 
-from speculators.ops.hidden_state_packing import gather, gather_reference
+from speculators.ops.hidden_state_packing import (
+    LARGEST_CODE,
+    PackedStates,
+    gather,
+    gather_reference,
+    pack,
+    pack_reference,
+    unpack_into,
+    unpack_reference,
+)
 
-Pack = Callable[[Sequence[Tensor], Tensor], object]
+SCALE_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way to pack.
+    """One way to pack or to unpack.
 
     Attributes:
-        operator: ours, called with the layers and the index.
+        operator: ours.
         reference: the same in torch's operators; compiled it is the peer.
-        written: bytes written for a row of a layer, of H.
+        arguments: what both are called with, from the layers and the index.
+        packed: bytes of a packed row of a layer, of H; the other side is bfloat16.
         least_speedup: over ``torch.compile``, the goal; None: there is none.
         most_of_floor: times the copy's time, the goal.
     """
 
-    operator: Pack
-    reference: Pack
-    written: Callable[[int], int]
+    operator: Callable[..., object]
+    reference: Callable[..., object]
+    arguments: Callable[[Sequence[Tensor], Tensor], tuple[Any, ...]]
+    packed: Callable[[int], int]
     least_speedup: float | None = None
     most_of_floor: float | None = None
 
 
+def _two_bytes(width: int) -> int:
+    return 2 * width
+
+
+def _one_byte(width: int) -> int:
+    return width + SCALE_BYTES
+
+
+def _layers_and_index(layers: Sequence[Tensor], index: Tensor) -> tuple[Any, ...]:
+    return layers, index
+
+
+def _pack_mode(
+    dtype: torch.dtype, least_speedup: float | None = None, most_of_floor: float | None = None
+) -> Mode:
+    return Mode(
+        functools.partial(pack, dtype=dtype),
+        functools.partial(pack_reference, dtype=dtype),
+        _layers_and_index,
+        _one_byte,
+        least_speedup,
+        most_of_floor,
+    )
+
+
+def _unpack_mode(dtype: torch.dtype) -> Mode:
+    def arguments(layers: Sequence[Tensor], index: Tensor) -> tuple[Any, ...]:
+        packed = pack(layers, index, dtype=dtype)
+        return [torch.zeros_like(layer) for layer in layers], packed.data, packed.scales, index
+
+    def operator(
+        outputs: Sequence[Tensor], data: Tensor, scales: Tensor | None, index: Tensor
+    ) -> None:
+        unpack_into(outputs, PackedStates(data, scales), index)
+
+    packed = _one_byte if dtype in LARGEST_CODE else _two_bytes
+    return Mode(operator, unpack_reference, arguments, packed)
+
+
 MODES: dict[str, Mode] = {
-    "bfloat16": Mode(gather, gather_reference, lambda width: 2 * width, most_of_floor=1.3),
+    "bfloat16": Mode(gather, gather_reference, _layers_and_index, _two_bytes, most_of_floor=1.3),
+    "int8": _pack_mode(torch.int8, least_speedup=2.5, most_of_floor=1.3),
+    "fp8": _pack_mode(torch.float8_e4m3fn),
+    "unpack bfloat16": _unpack_mode(torch.bfloat16),
+    "unpack int8": _unpack_mode(torch.int8),
+    "unpack fp8": _unpack_mode(torch.float8_e4m3fn),
 }
-"""By name. The states that are packed are bfloat16, as verifiers leave them."""
+"""By name. The states on the other side are bfloat16, as verifiers leave them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +123,8 @@ class Case:
     @property
     def moved(self) -> int:
         """Bytes read and written."""
-        read = self.hidden * dtype_of("bfloat16").itemsize
-        return self.rows * self.layers * (read + MODES[self.mode].written(self.hidden))
+        unpacked = self.hidden * dtype_of("bfloat16").itemsize
+        return self.rows * self.layers * (unpacked + MODES[self.mode].packed(self.hidden))
 
     def inputs(self) -> tuple[list[Tensor], Tensor]:
         """Layers and index, always the same."""
@@ -82,13 +138,13 @@ class Case:
         return layers, index.sort().values if self.rising else index
 
 
-def pack(case: Case, by: str) -> Call:
-    """One packing, by ``"operator"``, ``"torch"`` or ``"torch.compile"``."""
+def call(case: Case, by: str) -> Call:
+    """One packing or unpacking, by ``"operator"``, ``"torch"`` or ``"torch.compile"``."""
     mode = MODES[case.mode]
-    layers, index = case.inputs()
+    arguments = mode.arguments(*case.inputs())
     chosen = mode.operator if by == "operator" else mode.reference
     function = compiled(chosen) if by == "torch.compile" else chosen
-    return lambda: function(layers, index)
+    return lambda: function(*arguments)
 
 
 def run(bench: Bench) -> None:
@@ -104,7 +160,7 @@ def _measure(bench: Bench, case: Case) -> None:
     floor = bench.floors.copy_seconds(case.moved)
     found = {}
     for by in ("operator", "torch", *(["torch.compile"] if bench.compiled else [])):
-        time, note = bench.try_seconds(f"{by} {case}", case.rows, functools.partial(pack, case, by))
+        time, note = bench.try_seconds(f"{by} {case}", case.rows, functools.partial(call, case, by))
         row = Row("hidden_state_packing", str(case), by, time, floor, moved=case.moved, note=note)
         found[by] = bench.report.add(row).time
     mode, ours, peer = MODES[case.mode], found["operator"], found.get("torch.compile")

@@ -84,16 +84,20 @@ class Series:
         self._seconds: dict[str, tuple[float, Measured]] = {}
         self._bytes: dict[str, tuple[float, Measured]] = {}
 
-    def seconds(self, name: str, work: float, make: Callable[[], Call]) -> Measured:
+    def seconds(
+        self, name: str, work: float, make: Callable[[], Call], needed: int = 0
+    ) -> Measured:
         """The seconds of a call.
 
         Args:
             name: of the series: cases that differ in size alone.
             work: what time and memory are proportional to.
             make: makes the call; not asked where the time is extrapolated.
+            needed: bytes, where it is known how many the call needs, its arguments included.
         """
         expected = _expected(self._seconds, name, work)
-        if expected is not None and self._is_too_much(name, work):
+        too_much = needed > LARGEST * _free_bytes() or self._is_too_much(name, work)
+        if expected is not None and too_much:
             return expected
         found = seconds(make(), self.longest)
         self._seconds[name] = (work, found)
@@ -208,6 +212,15 @@ class Floors:
         source = torch.ones(max(1, moved // 2), dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
         return seconds(lambda: target.copy_(source), self._longest).median
+
+    @functools.cache  # noqa: B019 - one object per run
+    def read_seconds(self, size: int) -> float:
+        """The seconds of reading so many bytes: of their sum as float32, or of their copy.
+
+        Whichever is faster: a sum of little computes longer than it reads.
+        """
+        source = torch.ones(max(1, size // 4), dtype=torch.float32, device=self.device)
+        return min(seconds(source.sum, self._longest).median, self.copy_seconds(size))
 
     @functools.cache  # noqa: B019 - one object per run
     def matmul_rate(self, dtype: str) -> float:

@@ -12,7 +12,12 @@ from typing import Annotated
 import torch
 import typer
 from benchmarks.measurement import LIMIT_SECONDS, LONGEST, QUICK, Floors, Series
-from benchmarks.ops import distillation_loss, draft_attention, hidden_state_packing
+from benchmarks.ops import (
+    distillation_loss,
+    draft_attention,
+    hidden_state_packing,
+    tree_verification,
+)
 from benchmarks.ops.bench import Bench
 from benchmarks.report import Report
 
@@ -22,6 +27,7 @@ OPERATORS = {
     "draft_attention": draft_attention.run,
     "distillation_loss": distillation_loss.run,
     "hidden_state_packing": hidden_state_packing.run,
+    "tree_verification": tree_verification.run,
 }
 
 

@@ -34,11 +34,11 @@ class Bench:
     report: Report
 
     def try_seconds(
-        self, name: str, work: float, make: Callable[[], Call]
+        self, name: str, work: float, make: Callable[[], Call], needed: int = 0
     ) -> tuple[Measured | None, str]:
         """As ``Series.seconds``, for a peer that may not run here; the reason beside it."""
         try:
-            return self.series.seconds(name, work, make), ""
+            return self.series.seconds(name, work, make, needed), ""
         except Exception as error:  # whatever stops a peer is a result
             lines = str(error).splitlines() or [""]
             return None, f"does not run: {type(error).__name__}: {lines[0][:80]}"

@@ -361,6 +361,18 @@ def test_transformers_own_generate_runs_without_the_checkpoints_settings(
     assert found == expected
 
 
+def test_transformers_own_generate_takes_further_settings(
+    verifier: Verifier, prompts: list[Prompt]
+) -> None:
+    ids = [prompts[0].ids.tolist()]
+    ((first, *_),) = expected = transformers_generate(verifier, ids, GREEDY, NEW, seed=0)
+    suppressed = {"suppress_tokens": [first]}
+    ((*found,),) = transformers_generate(verifier, ids, GREEDY, NEW, seed=0, options=suppressed)
+    assert first not in found
+    lookup = {"prompt_lookup_num_tokens": 3}
+    assert transformers_generate(verifier, ids, GREEDY, NEW, 0, lookup) == expected
+
+
 def test_transformers_own_generate_samples_from_all_tokens(verifier: Verifier) -> None:
     # By itself it would keep the 50 likeliest of 61.
     written = transformers_generate(verifier, [[5, 6, 7]] * 3000, Sampling(20.0), 1, seed=0)

@@ -6,7 +6,8 @@ the seed and on the prompt's number alone, so that the batch size changes nothin
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -94,8 +95,12 @@ class Batches:
         assert drafter is not None  # noqa: S101 - for the type checker
         return self._ours(TimedDrafter(drafter), settings)
 
-    def transformers(self) -> Run:
-        """Transformers' own ``generate``."""
+    def transformers(self, options: Mapping[str, Any] | None = None) -> Run:
+        """Transformers' own ``generate``.
+
+        Args:
+            options: further settings of it, such as ``prompt_lookup_num_tokens``.
+        """
         settings = self._settings
 
         def run(number: int) -> Decoded:
@@ -103,7 +108,7 @@ class Batches:
             seed = derived_seed(self.seed, number)
             return Decoded(
                 transformers_generate(
-                    self._verifier, ids, settings.sampling, settings.max_new_tokens, seed
+                    self._verifier, ids, settings.sampling, settings.max_new_tokens, seed, options
                 )
             )
 

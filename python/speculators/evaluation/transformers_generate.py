@@ -5,7 +5,7 @@ penalties) would give texts whose distribution is not the verifier's.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def transformers_generate(
     sampling: Sampling,
     max_new_tokens: int,
     seed: int,
+    options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Continues prompts in one batch, padded on the left.
 
@@ -32,6 +33,7 @@ def transformers_generate(
         sampling: greedy decoding, or how to sample.
         max_new_tokens: a text that has not ended by then is cut.
         seed: of the sampling; the state of torch's generators is as before afterwards.
+        options: further generation settings, such as ``prompt_lookup_num_tokens``.
 
     Returns:
         The new tokens of each, with the one that ends the text where it was written.
@@ -40,7 +42,7 @@ def transformers_generate(
     rows, mask = pad_prompts(prompts)
     if mask is None:
         mask = torch.ones_like(rows)
-    config = _generation_config(sampling, max_new_tokens, ends)
+    config = _generation_config(sampling, max_new_tokens, ends, options or {})
     device = verifier.device
     model: Any = verifier.model
     with _settings(model, config), _seeded(seed, device):
@@ -49,11 +51,11 @@ def transformers_generate(
 
 
 def _generation_config(
-    sampling: Sampling, max_new_tokens: int, ends: tuple[int, ...]
+    sampling: Sampling, max_new_tokens: int, ends: tuple[int, ...], options: Mapping[str, Any]
 ) -> GenerationConfig:
-    options: dict[str, Any] = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
     if not sampling.greedy:
-        options = {
+        how = {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,  # 0: all; left out, the 50 likeliest
@@ -63,6 +65,7 @@ def _generation_config(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
+        **how,
         **options,
     )
 

@@ -31,7 +31,7 @@ from speculators.data.generate import GenerateReport, _new_index, generate
 from speculators.data.ordering import derived_seed, length_batches, processing_order
 from speculators.data.regenerate import RegenerateSettings, write_responses
 from speculators.data.sources import TransformersSource
-from speculators.data.store import HiddenStateStore
+from speculators.data.store import HiddenStateStore, StoreWriter
 from speculators.models.verifier.verifier import Verifier
 
 LENGTHS = [5, 1, 9, 3, 7, 2, 8, 4, 6, 3]
@@ -157,6 +157,25 @@ def test_a_run_that_failed_goes_on_where_it_stopped(
     assert report.reused_documents <= fail_at
     assert fail_at < 4 or report.reused_documents > 0  # a shard is at most 16 tokens
     assert (progress.total, progress.done) == (len(LENGTHS), len(LENGTHS))
+
+
+def test_a_run_that_was_killed_after_its_last_shard_is_complete(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = random_documents(LENGTHS)
+    generate(documents, tmp_path / "whole", KnownSource(), **OPTIONS)
+
+    def killed(_: StoreWriter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreWriter, "finish", killed)
+        generate(documents, tmp_path / "part", KnownSource(), **OPTIONS)
+    source = KnownSource()
+    report = generate(documents, tmp_path / "part", source, **OPTIONS)
+    assert files(tmp_path / "part") == files(tmp_path / "whole")
+    assert source.seen == []
+    assert report.reused_documents == len(LENGTHS)
 
 
 def test_a_run_can_go_on_with_other_batches_and_shards(tmp_path: pathlib.Path) -> None:

@@ -255,6 +255,9 @@ def _run(
     progress.start(len(work.order), "hidden states")
     progress.advance(done)
     batches = [batch for batch in work.batches if batch.stop > done]
+    if not batches:  # the run before was killed between its last shard and the end
+        writer.finish()
+        return
     begin = time.monotonic()
     first = work.make(batches[0])
     if len(batches) >= _TIMED_FROM:

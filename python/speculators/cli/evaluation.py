@@ -94,13 +94,14 @@ def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | 
     Console().print(table(report))
     folder = output or next(iter(folders.values()))
     report.write(folder)
-    fastest = report.drafters[report.main]
+    # What won on the first prompts need not win on these.
+    best, result = max(report.drafters.items(), key=lambda found: found[1].speed.tokens_per_second)
+    what = found.name if best == report.main else "the draft's own setting"
     typer.echo(
-        f"fastest here: {found.name} ({fastest.speedup:.2f}x plain decoding, tau "
-        f"{fastest.acceptance.tau:.2f})"
-        if fastest.speedup > 1
-        else f"no way of drafting is faster than plain decoding here; the best is {found.name} "
-        f"({fastest.speedup:.2f}x)"
+        f"fastest here: {what}, {result.speedup:.2f}x plain decoding"
+        if result.speedup > 1
+        else f"nothing is faster than plain decoding here; the best is {what}, "
+        f"{result.speedup:.2f}x"
     )
     typer.echo(folder / "report.md")
 

@@ -126,12 +126,18 @@ class ChainDrafter:
         else:
             q = self._sampling.distribution(logits)
             token = draw(q, uniforms)
-        if self._verifier_ids is not None:
-            token = self._verifier_ids[token]
-            if q is not None:
-                wide = q.new_zeros(len(q), self._vocab_size)
-                q = wide.index_copy(1, self._verifier_ids, q)
-        return token, q
+        return self._verifier_tokens(token), None if q is None else self._wide(q)
+
+    def _verifier_tokens(self, tokens: Tensor) -> Tensor:
+        """The draft's token ids as the verifier numbers them."""
+        return tokens if self._verifier_ids is None else self._verifier_ids[tokens]
+
+    def _wide(self, q: Tensor) -> Tensor:
+        """``[..., W]`` over the draft's vocabulary to ``[..., V]`` over the verifier's."""
+        if self._verifier_ids is None:
+            return q
+        wide = q.new_zeros(*q.shape[:-1], self._vocab_size)
+        return wide.index_copy(-1, self._verifier_ids, q)
 
     def _for_all_rows(self, live: Tensor) -> Tensor:
         """``[rows that go on, ...]`` to ``[rows of the cache, ...]``, zeros for ended ones."""

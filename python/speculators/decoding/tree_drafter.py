@@ -57,7 +57,7 @@ class TreeDrafter(ChainDrafter):
 
     def _dynamic(self, roots: Tensor, shape: DynamicTree) -> TreeProposal:
         width = min(shape.children, self._logits.shape[-1])
-        chosen = self._log_probabilities(self._logits).topk(width)
+        chosen = _log_probabilities(self._logits).topk(width)
         scores, tokens = chosen.values, self._verifier_tokens(chosen.indices)  # [B, C]
         batch = len(scores)
         parents = torch.full_like(tokens, -1)
@@ -67,13 +67,15 @@ class TreeDrafter(ChainDrafter):
         sees = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         for depth in range(1, shape.depth):
             states, logits = self._draft_rows(tokens, states, depth, sees)
-            log_p = self._log_probabilities(logits) + scores[..., None]
+            log_p = _log_probabilities(logits) + scores[..., None]
             chosen = log_p.topk(width)
             new_tokens = self._verifier_tokens(chosen.indices).flatten(1)  # [B, C * C]
             first = sum(part.shape[1] for part in all_tokens)
             all_tokens.append(new_tokens)
             all_parents.append(candidates.repeat_interleave(width, 1))
             all_scores.append(chosen.values.flatten(1))
+            if depth + 1 == shape.depth:
+                break
             # Its best nodes are the rows of the next depth.
             scores, best = all_scores[-1].topk(width)
             tokens = new_tokens.gather(1, best)
@@ -105,7 +107,7 @@ class TreeDrafter(ChainDrafter):
         parents_missing = torch.zeros(batch, 1, dtype=torch.bool, device=roots.device)
         begin = 0
         for depth, level in enumerate(plan.levels, 1):
-            width = int(level.ranks.max()) + 1 if len(level.ranks) else 0
+            width = int(level.ranks.max()) + 1
             if drawn and uniforms is not None:
                 q = self._wide(self._sampling.distribution(logits))
                 numbers = uniforms[:, begin : begin + len(level.ranks)]
@@ -159,18 +161,9 @@ class TreeDrafter(ChainDrafter):
         output = self._model(tokens, states, positions, self._cache)
         return output.states, self._model.logits(output.head_input)
 
-    def _log_probabilities(self, logits: Tensor) -> Tensor:
-        return logits.float().log_softmax(-1)
 
-    def _verifier_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens if self._verifier_ids is None else self._verifier_ids[tokens]
-
-    def _wide(self, q: Tensor) -> Tensor:
-        """``[..., W]`` over the draft's vocabulary to ``[..., V]`` over the verifier's."""
-        if self._verifier_ids is None:
-            return q
-        wide = q.new_zeros(*q.shape[:-1], self._vocab_size)
-        return wide.index_copy(-1, self._verifier_ids, q)
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
 
 
 def _draw_children(

@@ -91,9 +91,9 @@ class TimedDrafter:
     Right where calls return when their work is done, which on an accelerator they do not.
 
     Attributes:
-        capture: the drafter's, as are
-        tree_nodes and
-        tree_depth, 0 for chains.
+        capture: the drafter's.
+        tree_nodes: the drafter's, 0 if it drafts chains.
+        tree_depth: the drafter's, likewise.
         seconds: time spent in it since it was made.
     """
 

@@ -16,13 +16,12 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
+from benchmarks.commands import EXAMPLES, run
 
 from speculators.atomic import atomic_file
-from speculators.cli.app import app as speculators
 from speculators.evaluation.report import EvaluationReport
 from speculators.evaluation.results import DrafterResult
 
-EXAMPLES = pathlib.Path("examples/tiny_verifier")
 ONE_STEP, NO_TOP_K = "--objective.steps=1", "--objective.losses.topk=0"
 VARIANTS = {
     "eagle": ("eagle", []),
@@ -47,7 +46,7 @@ def main(
     drafts = [_train(name, seed, updates, output_dir) for seed in range(seeds) for name in names]
     report = output_dir / "report"
     if not (report / "report.json").exists():
-        _run(
+        run(
             "evaluate", *drafts, "ngram", "--prompts", EXAMPLES / "prompts_eval.jsonl", "--k=5",
             "--dtype=float32", f"--evaluate.limit={limit}", "--output-dir", report,
         )  # fmt: skip
@@ -63,10 +62,10 @@ def _train(name: str, seed: int, updates: int, output_dir: pathlib.Path) -> path
         return draft
     data = output_dir / ("data-eagle3" if algorithm == "eagle3" else "data")
     shared = ["--recipe", EXAMPLES / f"{algorithm}.yaml", "--data-dir", data, "--output-dir", draft]
-    _run("prepare", *shared)
-    _run("generate", *shared)
+    run("prepare", *shared)
+    run("generate", *shared)
     begin = time.monotonic()
-    _run(
+    run(
         "train", *shared, f"--training.seed={seed}", f"--training.max-steps={updates}",
         f"--training.validation.every-steps={updates}", "--training.tracker.name=none",
         "--skip-evaluation", *options,
@@ -74,12 +73,6 @@ def _train(name: str, seed: int, updates: int, output_dir: pathlib.Path) -> path
     with atomic_file(draft / SECONDS, "w") as file:
         json.dump(time.monotonic() - begin, file)
     return draft
-
-
-def _run(*words: object) -> None:
-    status = speculators([str(word) for word in words], standalone_mode=False)
-    if status:
-        raise typer.Exit(status)
 
 
 def table(

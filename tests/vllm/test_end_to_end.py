@@ -1,8 +1,9 @@
 """From prompts to a served draft, as a user goes: commands, files, HTTP; nothing is a stand-in.
 
 The verifier, in a vLLM server, answers prompts and gives its hidden states; EAGLE-3 and HASS learn
-these few texts nearly by heart; ``evaluate`` measures both; ``serve`` serves each. Then the server
-must say what it says without a draft, and its counters what ``evaluate`` has counted.
+these few texts nearly by heart; ``evaluate`` measures both; ``bench`` serves one, with and without
+it, and ``serve`` the other. Then the server must say what it says without a draft, and its counters
+what ``evaluate`` has counted.
 
 All is in float32, so that both sides take the same decisions. The two drafts learn from one store:
 the streams that HASS reads are among those of EAGLE-3.
@@ -28,6 +29,7 @@ from typing import Any
 import pytest
 import torch
 
+from speculators.cli.app import app
 from speculators.cli.job import Folders, Job
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import read_recipe
@@ -35,6 +37,7 @@ from speculators.data.store import HiddenStateStore
 from speculators.decoding import GenerationSettings, generate
 from speculators.evaluation.prompts import read_prompts
 from speculators.evaluation.report import EvaluationReport
+from speculators.integrations.vllm.bench.report import BenchReport
 from speculators.models.verifier import Verifier
 
 TINY = pathlib.Path("examples/tiny_verifier").absolute()
@@ -66,15 +69,7 @@ training:
   validation: {{documents: 0}}
   tracker: {{name: none}}
 """
-SERVER = ["--host=127.0.0.1", "--dtype=float32", "--enforce-eager", "--max-model-len=512"]
-SERVER += ["--max-num-seqs=8"]
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less in each server
-}
+SERVER = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=8"]
 PATIENCE = 240  # seconds for a command, and for a server to start
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 
@@ -96,7 +91,9 @@ def ended_in_order() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(words: list[str], log: pathlib.Path) -> Iterator["subprocess.Popen[bytes]"]:
+def running(
+    words: list[str], log: pathlib.Path, **changes: str
+) -> Iterator["subprocess.Popen[bytes]"]:
     """A process with all that it starts, stopped at the end; after a failure its log is shown."""
     path = os.pathsep.join(filter(None, sys.path))
     with log.open("wb") as file:
@@ -105,7 +102,7 @@ def running(words: list[str], log: pathlib.Path) -> Iterator["subprocess.Popen[b
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **changes},
             start_new_session=True,
         )
     try:
@@ -129,13 +126,13 @@ def speculators(*words: str | pathlib.Path, log: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(words: list[str], log: pathlib.Path) -> Iterator[str]:
+def serving(words: list[str], log: pathlib.Path, **changes: str) -> Iterator[str]:
     """A server, once it answers; its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    with running([*words, f"--port={port}", *SERVER], log) as process:
+    with running([*words, "--host=127.0.0.1", f"--port={port}"], log, **changes) as process:
         end = time.monotonic() + PATIENCE
         while not _is_healthy(address):
             assert process.poll() is None
@@ -216,6 +213,16 @@ class Work:
     plain: list[list[int]]
     report: EvaluationReport
 
+    def counted(self, draft: str) -> "Counters":
+        """What ``evaluate`` has counted."""
+        found = self.report.drafters[draft].acceptance
+        return Counters(
+            found.drafts,
+            sum(found.drafted_by_position),
+            sum(found.accepted_by_position),
+            found.accepted_by_position,
+        )
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
@@ -227,15 +234,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     file.write_text("".join(lines[:PROMPTS]))
     recipe.write_text(RECIPE)
     data = root / "data"
-    common = [f"--recipe={recipe}", f"--data-dir={data}"]
-    speculators("prepare", *common, log=root / "prepare.log")
-    speculators("generate", "--algo=eagle3", *common, log=root / "generate.log")
     words = ["train", "--algo=eagle3", f"--output-dir={root / 'eagle3'}", "--skip-evaluation"]
+    words += [f"--recipe={recipe}", f"--data-dir={data}"]
+    speculators(*words, log=root / "eagle3.log")
     made = (data / "hidden_states/index.json").stat().st_mtime_ns
-    speculators(*words, *common, log=root / "eagle3.log")
-    assert (data / "hidden_states/index.json").stat().st_mtime_ns == made
     hass = read_recipe(recipe, {"algorithm": "hass"})
     Job(hass, Folders(root / "hass", data), ConsoleProgress()).train()
+    assert (data / "hidden_states/index.json").stat().st_mtime_ns == made
     speculators(
         "evaluate",
         *(root / name for name in ALGORITHMS),
@@ -253,22 +258,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work(root, prompts, plain, report)
 
 
-@pytest.fixture(scope="module")
-def without_draft(work: Work) -> list[list[int]]:
-    """What a server without a draft says."""
-    words = ["vllm.entrypoints.cli.main", "serve", str(TINY / "model")]
-    with serving(words, work.root / "plain.log") as address:
-        return completions(address, work.prompts)
-
-
 # ---- the tests
-
-
-def test_without_a_draft_the_server_says_what_we_say(
-    work: Work, without_draft: list[list[int]]
-) -> None:
-    assert without_draft == work.plain
-    assert sum(map(len, work.plain)) > 0.8 * PROMPTS * NEW_TOKENS
 
 
 def test_the_drafts_learned_from_the_verifiers_own_answers(work: Work) -> None:
@@ -291,29 +281,69 @@ def test_the_evaluation_finds_drafts_that_have_learned(work: Work) -> None:
         assert all(rate >= floor for rate, floor in zip(rates, FLOORS, strict=True)), rates
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_served_draft_changes_no_token_and_is_accepted_as_evaluated(
-    algorithm: str, work: Work, without_draft: list[list[int]]
-) -> None:
-    words = ["speculators", "serve", str(work.root / algorithm)]
-    with serving(words, work.root / f"serve-{algorithm}.log") as address:
+def test_a_served_draft_changes_no_token_and_is_accepted_as_evaluated(work: Work) -> None:
+    words = ["speculators", "serve", str(work.root / "hass"), *SERVER]
+    words.append("--per-request-spec-decode-metrics=detailed")
+    # The plugin must reach each of vLLM's processes: so many as users have.
+    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with serving(words, work.root / "serve.log", **changes) as address:
         assert Counters.read(address) == Counters(0, 0, 0, [0] * K)
         tokens = completions(address, work.prompts)
         found = Counters.read(address)
-        assert tokens == without_draft
-        acceptance = work.report.drafters[algorithm].acceptance
-        expected = Counters(
-            acceptance.drafts,
-            sum(acceptance.drafted_by_position),
-            sum(acceptance.accepted_by_position),
-            acceptance.accepted_by_position,
-        )
-        check_same(found, expected)
+        assert tokens == work.plain
+        check_same(found, work.counted("hass"))
         assert found.accepted_by_position[0] >= FLOORS[0] * found.drafts
         # The prompt's own pass gives the first token of a text, without a draft. What a
         # verification accepts behind a text's end is counted, but not said.
         said = sum(map(len, tokens)) - PROMPTS
         assert 0 <= found.drafts + found.accepted_tokens - said <= K * PROMPTS
+        # And step by step.
+        status = app(
+            [
+                *["evaluate", str(work.root / "hass"), f"--prompts={work.root / 'prompts.jsonl'}"],
+                *["--dtype=float32", f"--evaluate.max-new-tokens={NEW_TOKENS}"],
+                *["--against-vllm", f"--endpoint=http://{address}"],
+                f"--output-dir={work.root / 'contract'}",
+            ],
+            standalone_mode=False,
+        )
+        assert not status
+
+
+def test_a_bench_finds_the_same(work: Work) -> None:
+    speculators(
+        "bench",
+        work.root / "eagle3",
+        f"--prompts={work.root / 'prompts.jsonl'}",
+        "--concurrency=4,24",
+        f"--max-new-tokens={NEW_TOKENS}",
+        f"--output-dir={work.root / 'bench'}",
+        *SERVER,
+        log=work.root / "bench.log",
+    )
+    report = BenchReport.read(work.root / "bench")
+    assert report.versions.vllm is not None
+    assert (work.root / "bench/bench.png").is_file()
+    assert not list((work.root / "bench").glob("*.log"))
+    assert [level.concurrency for level in report.levels] == [4, 24]
+    [whole] = report.drafters
+    assert whole.k == K
+    for level in report.levels:
+        [drafted] = level.drafters
+        assert level.plain is not None
+        assert level.best_k in {0, K}
+        assert drafted.identical == drafted.speed.requests == level.plain.requests == PROMPTS
+        assert drafted.speed.tokens == level.plain.tokens == sum(map(len, work.plain))
+        assert drafted.speed.first_token.median > 0
+        assert drafted.acceptance is not None
+        rates = drafted.acceptance.acceptance_by_position
+        found = Counters(
+            drafted.acceptance.drafts,
+            drafted.acceptance.draft_tokens,
+            drafted.acceptance.accepted_tokens,
+            [round(rate * drafted.acceptance.drafts) for rate in rates],
+        )
+        check_same(found, work.counted("eagle3"))
 
 
 def check_same(found: Counters, expected: Counters) -> None:

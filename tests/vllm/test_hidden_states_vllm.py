@@ -1,5 +1,6 @@
 """Hidden states from real vLLM servers: those of transformers, whole, and the same when resumed."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -22,27 +23,15 @@ from speculators.integrations.vllm.hidden_states.source import (
     VllmOptions,
     VllmSource,
     make_vllm_source,
+    server_command,
 )
+from speculators.integrations.vllm.serving.server import running_server
 from speculators.models.verifier import Verifier
 
 TINY = pathlib.Path("examples/tiny_verifier/model").absolute()
 # Shorter than most documents: vLLM reads them in chunks.
 CHUNK = 64
 LONGEST = 300
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def environment() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        yield
 
 
 def documents(vocabulary: int, seed: int = 0) -> list[Tensor]:
@@ -127,17 +116,12 @@ def test_the_tiny_verifier(tmp_path: pathlib.Path) -> None:
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         generate(Prepared(rows), whole, source, max_shard_tokens=150)
         assert not list(storage.glob("*/states/*"))
-    with (
-        make_vllm_source(
-            TINY, reference.layer_ids, reference=reference, options=options(storage=storage)
-        ) as second,
-        pytest.raises(StoppedError),
-    ):
-        generate(Prepared(rows), parts, stopped_after(second, 4), max_shard_tokens=150)
+        with pytest.raises(StoppedError):
+            generate(Prepared(rows), parts, stopped_after(source, 4), max_shard_tokens=150)
     with make_vllm_source(
         TINY, reference.layer_ids, reference=reference, options=options(storage=storage)
-    ) as third:
-        report = generate(Prepared(rows), parts, third, max_shard_tokens=150)
+    ) as second:
+        report = generate(Prepared(rows), parts, second, max_shard_tokens=150)
     assert 0 < report.reused_documents < len(rows)
     stores = HiddenStateStore.open(whole), HiddenStateStore.open(parts)
     assert stores[0].content_hash == stores[1].content_hash
@@ -149,31 +133,51 @@ def test_the_tiny_verifier(tmp_path: pathlib.Path) -> None:
             assert difference.within(Tolerance(0.9999, 0.02)), str(difference)
 
 
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A verifier in transformers, and in a server that runs by itself; all streams of both."""
+
+    directory: pathlib.Path
+    reference: TransformersSource
+    options: VllmOptions
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, TransformersSource]:
-    """A random verifier in float32, of another family, without a tokenizer."""
-    directory = tmp_path_factory.mktemp("small") / "verifier"
-    make_verifier("qwen3", directory)
-    loaded = Verifier.from_pretrained(directory, dtype=torch.float32)
-    return directory, TransformersSource(loaded, range(SIZES["num_hidden_layers"] + 1))
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A random verifier in float32, of another family, without a tokenizer.
+
+    Kept prefixes would be used, were it not for the salts. Documents may fill all its positions.
+    """
+    directory = tmp_path_factory.mktemp("small")
+    made = make_verifier("qwen3", directory / "verifier")
+    loaded = Verifier.from_pretrained(directory / "verifier", dtype=torch.float32)
+    reference = TransformersSource(loaded, range(made.num_layers + 1))
+    (directory / "states").mkdir()
+    started = options(
+        "--enable-prefix-caching",
+        "--skip-tokenizer-init",
+        max_model_len=SIZES["max_position_embeddings"] + 1,
+    )
+    command = server_command(
+        str(directory / "verifier"),
+        reference.layer_ids,
+        "float32",
+        str(directory / "states"),
+        started,
+    )
+    with running_server(command, directory / "log", timeout=240) as endpoint:
+        asked = dataclasses.replace(
+            started, endpoint=endpoint, storage=directory / "states", flags=()
+        )
+        yield Served(directory / "verifier", reference, asked)
 
 
-def test_float32_and_responses(small: tuple[pathlib.Path, TransformersSource]) -> None:
+def test_float32_and_responses(served: Served) -> None:
     """All streams of another family to seven digits, and its greedy responses token for token."""
-    directory, reference = small
-    rows = documents(VOCABULARY)
+    rows, reference = documents(VOCABULARY), served.reference
     full = torch.arange(SIZES["max_position_embeddings"]) % VOCABULARY
     with make_vllm_source(
-        directory,
-        reference.layer_ids,
-        reference=reference,
-        # Kept prefixes would be used, were it not for the salts. A document may fill all of the
-        # verifier's positions.
-        options=options(
-            "--enable-prefix-caching",
-            "--skip-tokenizer-init",
-            max_model_len=SIZES["max_position_embeddings"] + 1,
-        ),
+        served.directory, reference.layer_ids, reference=reference, options=served.options
     ) as source:
         for _ in range(2):  # the second time everything could come from the cache
             found = list(source.hidden_states([full, *rows], 1000))
@@ -188,25 +192,15 @@ def test_float32_and_responses(small: tuple[pathlib.Path, TransformersSource]) -
         assert list(source.hidden_states(rows[:1], 1000))  # and states again
 
 
-def test_another_model_is_found_out(
-    small: tuple[pathlib.Path, TransformersSource], tmp_path: pathlib.Path
-) -> None:
-    directory, _ = small
-    other = tmp_path / "other"
-    loaded = Verifier.from_pretrained(directory, dtype=torch.float32)
+def test_another_model_is_found_out(served: Served) -> None:
+    loaded = Verifier.from_pretrained(served.directory, dtype=torch.float32)
     with torch.no_grad():
         for parameter in loaded.model.model.layers[1].mlp.parameters():
             parameter.mul_(1.5)
-    loaded.model.save_pretrained(other)
-    reference = TransformersSource(
-        Verifier.from_pretrained(directory, dtype=torch.float32), (1, 2, 4)
-    )
+    reference = TransformersSource(loaded, served.reference.layer_ids)
     with (
         make_vllm_source(
-            other,
-            (1, 2, 4),
-            reference=reference,
-            options=options("--skip-tokenizer-init"),
+            served.directory, reference.layer_ids, reference=reference, options=served.options
         ) as source,
         pytest.raises(DifferentStatesError) as raised,
     ):

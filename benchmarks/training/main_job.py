@@ -29,10 +29,7 @@ from speculators.ops import backend
 from speculators.training.update import Updater
 
 WARM_UP = 10
-KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear"),
-    "attention": ("_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu"),
-}
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
 
 def main(
@@ -51,7 +48,7 @@ def main(
             kind: share * seconds / updates for kind, share in shares.items()
         }
     kinds = sorted(set().union(*rows.values()), key=lambda kind: -rows["operators"].get(kind, 0.0))
-    print(f"{algorithm}, {updates} updates, {torch.get_num_threads()} threads, ms\\n")
+    print(f"{algorithm}, {updates} updates, {torch.get_num_threads()} threads, ms\n")
     print("| | " + " | ".join(rows) + " |\n|---|---|---|")
     for kind in kinds:
         cells = [f"{row.get(kind, 0.0) * 1e3:.1f}" for row in rows.values()]
@@ -98,7 +95,7 @@ def _run(
 
 
 def _shares(events: list[Any], seconds: float) -> dict[str, float]:
-    """What each kind of work takes of the time: what torch's functions took without their callees."""
+    """What each kind of work takes of the time; torch's functions without what they call."""
     found: Counter[str] = Counter()
     for event in events:
         found[_kind(event)] += event.self_cpu_time_total / 1e6 / seconds
@@ -111,12 +108,12 @@ def _kind(event: Any) -> str:
         if above.name.startswith("Optimizer."):
             return "optimizer"
         above = above.cpu_parent
-    namespace, _, name = event.name.partition("::")
-    if namespace == "speculators":
-        return "operators"
-    for kind, names in KINDS.items():
-        if namespace == "aten" and name in names:
-            return kind
+    if event.name in PRODUCTS:
+        return "matrix products"
+    if "flash_attention" in event.name or "DraftAttention" in event.name:
+        return "attention"
+    if event.name.startswith("speculators::"):
+        return "other operators of ours"
     return "other functions of torch"
 
 

@@ -1,4 +1,4 @@
-"""Train the tiny verifier from nothing, on two CPU cores, in about an hour.
+"""Train the tiny verifier from nothing, on two CPU cores, in about an hour and a half.
 
     ./bazelw run //examples/tiny_verifier:train -- --work /tmp/tiny_verifier
 

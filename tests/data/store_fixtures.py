@@ -50,9 +50,14 @@ class KnownSource:
     """Gives ``states_of``; raises what it is told to at the n-th document it is asked for."""
 
     def __init__(
-        self, *, fail_at: int | None = None, error: BaseException | None = None, name: str = "known"
+        self,
+        *,
+        fail_at: int | None = None,
+        error: BaseException | None = None,
+        name: str = "known",
+        layer_ids: tuple[int, ...] = LAYERS,
     ) -> None:
-        self.layer_ids: tuple[int, ...] = LAYERS
+        self.layer_ids = layer_ids
         self.hidden_size = HIDDEN
         self.verifier = name
         self.identity: Mapping[str, Any] = {"name": name}
@@ -69,7 +74,8 @@ class KnownSource:
             if len(self.seen) == self._fail_at:
                 raise self._error
             self.seen.append(document)
-            yield states_of(document)
+            states = states_of(document)
+            yield {k: states[k] for k in self.layer_ids}
 
 
 def states_of(input_ids: Tensor) -> dict[int, Tensor]:

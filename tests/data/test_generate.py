@@ -210,6 +210,36 @@ def test_a_complete_store_is_not_made_again(tmp_path: pathlib.Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def test_a_store_of_further_streams_serves(tmp_path: pathlib.Path) -> None:
+    documents = random_documents(LENGTHS)
+    made = generate(documents, tmp_path, KnownSource(), **OPTIONS)
+    before = files(tmp_path)
+    for layers in ((3,), (0, 4), ()):
+        for overwrite in (False, True):
+            source = KnownSource(fail_at=0, layer_ids=layers)
+            found = generate(documents, tmp_path, source, overwrite=overwrite, **OPTIONS)
+            assert found.content_hash == made.content_hash
+            assert found.reused_documents == len(LENGTHS)
+    with pytest.raises(StaleArtifactError):
+        generate(documents, tmp_path, KnownSource(layer_ids=(1, 3)), **OPTIONS)
+    with pytest.raises(StaleArtifactError):
+        other = KnownSource(layer_ids=(3,), name="other")
+        generate(documents, tmp_path, other, **OPTIONS)
+    assert files(tmp_path) == before
+
+
+def test_a_store_of_further_streams_must_be_complete(tmp_path: pathlib.Path) -> None:
+    documents = random_documents(LENGTHS)
+    with pytest.raises(RuntimeError, match="the verifier failed"):
+        generate(documents, tmp_path, KnownSource(fail_at=8), **OPTIONS)
+    with pytest.raises(StaleArtifactError):
+        generate(documents, tmp_path, KnownSource(layer_ids=(3,)), **OPTIONS)
+    made = KnownSource(layer_ids=(3,))
+    generate(documents, tmp_path, made, overwrite=True, **OPTIONS)
+    assert len(made.seen) == len(LENGTHS)
+    assert HiddenStateStore.open(tmp_path).index.layer_ids == [3]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

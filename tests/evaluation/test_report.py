@@ -194,6 +194,19 @@ def test_what_is_no_report_is_refused(tmp_path: pathlib.Path) -> None:
         assert str(file) in str(caught.value)
 
 
+def test_a_narrow_table_breaks_names_and_no_figures() -> None:
+    report, name = make_report(), "tree=dynamic, nodes=24, depth=5, children=6"
+    ours = report.drafters["ours"]
+    buffer = io.StringIO()
+    long = report.model_copy(update={"drafters": {name: ours}, "main": name})
+    Console(file=buffer, width=80).print(table(long))
+    assert ours.acceptance.tau_interval is not None
+    low, high = ours.acceptance.tau_interval
+    figures = [f"{ours.acceptance.tau:.2f}", f"{low:.2f}-{high:.2f}", "1.50x", "yes"]
+    for words in (*name.split(), *figures):
+        assert words in buffer.getvalue()
+
+
 def test_markdown_and_table_have_the_figures() -> None:
     report = make_report()
     text = markdown(report)

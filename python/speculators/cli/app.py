@@ -13,7 +13,7 @@ from speculators.version import __version__
 
 app = typer.Typer(
     name="speculators",
-    help="Build, train, store, convert, evaluate and serve speculative-decoding draft models.",
+    help="Train, evaluate and serve draft models for speculative decoding.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

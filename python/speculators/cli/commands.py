@@ -167,7 +167,7 @@ def evaluate(
     """Decode prompts with and without drafts: tokens per verification, speed, and equality.
 
     ngram and suffix draft from the text itself and need no model. With FOLDER+suffix the model and
-    the suffix drafter work together: for each token, the one that expects more drafts.
+    the suffix drafter work together: each time, the one that expects to have more accepted drafts.
 
     With --tree each model drafts chains and trees, side by side. With --search many numbers of
     tokens and many trees are tried on some of the prompts, and the fastest is measured on the rest.

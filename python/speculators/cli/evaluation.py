@@ -14,7 +14,6 @@ from speculators.cli.recipe import Recipe, VerifierSettings
 from speculators.configs.model_config import SpeculatorModelConfig
 from speculators.decoding.draft_models import Shaped, WithSuffix
 from speculators.decoding.suffix_drafter import SuffixDrafter
-from speculators.decoding.trees import parse_tree
 from speculators.evaluation.evaluate import NGRAM, SUFFIX, AnyDrafter, evaluate
 from speculators.evaluation.prompts import Prompt, read_prompts
 from speculators.evaluation.report import EvaluationReport, table
@@ -178,13 +177,9 @@ def trees(
     recipe: Recipe, verifier: Verifier, drafters: Mapping[str, AnyDrafter]
 ) -> dict[str, AnyDrafter]:
     """Each that can once more, with the tree that a recipe asks for, if it does."""
-    settings = recipe.evaluate
-    if settings.tree is None:
+    tree = recipe.evaluate.shape()
+    if tree is None:
         return {}
-    try:
-        tree = parse_tree(settings.tree, settings.nodes, settings.depth, settings.children)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
     found: dict[str, AnyDrafter] = {}
     for name, draft in drafters.items():
         if isinstance(draft, SpeculatorModel):

@@ -20,7 +20,7 @@ import datasets
 import torch
 import transformers
 
-from speculators.cli.evaluation import load_verifier, measure, suffix_drafter
+from speculators.cli.evaluation import load_verifier, measure, suffix_drafter, trees
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe
@@ -221,6 +221,7 @@ class Job:
             drafters["n-gram"] = NGRAM
         if settings.suffix:
             drafters["suffix"] = suffix_drafter(self.recipe, self.verifier)
+        drafters |= trees(self.recipe, self.verifier, drafters)
         report = measure(self.verifier, drafters, prompts, self.recipe, self.progress)
         report.write(self.folders.output)
         return report

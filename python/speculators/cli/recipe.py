@@ -18,6 +18,7 @@ from pydantic import Field
 
 from speculators.atomic import atomic_file
 from speculators.configs.errors import ConfigError
+from speculators.decoding.trees import Tree, parse_tree
 from speculators.models.algorithm import AlgorithmSpec, find_algorithm
 from speculators.models.objective import ObjectiveSettings
 from speculators.training.settings import TrainingSettings, merge_settings
@@ -132,16 +133,18 @@ class EvaluateSettings(_Settings):
         prompts: a file of held-out prompts; None: documents that training held back.
         limit: use only so many.
         k: tokens drafted before each verification; None: as the draft's configuration says.
-        tree: trees that each draft model is measured with, too: ``"dynamic"`` (EAGLE-2), the
-            children of each node by depth such as ``"4,2,1"``, or a .json file of paths of ranks.
+        tree: trees that each draft model, and suffix drafting, is measured with, too:
+            ``"dynamic"`` (EAGLE-2), the children of each node by depth such as ``"4,2,1"``, or a
+            .json file of paths of ranks.
         nodes: of a dynamic tree.
         depth: of a dynamic tree.
         children: of a node in a dynamic tree, and how many nodes of each depth have any.
         max_new_tokens: of each answer.
         batch_size: prompts decoded at once.
         temperature: 0 for greedy decoding.
-        ngram: whether prompt lookup, which needs no draft model, is measured beside it.
-        suffix: whether suffix drafting, which needs none either, is measured beside it.
+        ngram: whether ``train`` measures prompt lookup, which needs no draft model, beside it;
+            ``evaluate`` measures what it is given.
+        suffix: the same for suffix drafting, which needs none either.
         suffix_corpus: earlier outputs that suffix drafting finds matches in, besides prompt and
             output: a folder of generate or prepare, or a file as for training.
         repeats: how often everything is timed.
@@ -161,6 +164,19 @@ class EvaluateSettings(_Settings):
     suffix: bool = False
     suffix_corpus: str | None = None
     repeats: int = Field(default=1, ge=1)
+
+    def shape(self) -> Tree | None:
+        """The tree, if there is one.
+
+        Raises:
+            ConfigError: it is no shape, or its file cannot be read.
+        """
+        if self.tree is None:
+            return None
+        try:
+            return parse_tree(self.tree, self.nodes, self.depth, self.children)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"evaluate.tree: {error}") from error
 
 
 class Recipe(_Settings):
@@ -228,6 +244,7 @@ class Recipe(_Settings):
                 + (f"did you mean draft.{close[0]}?" if close else f"expected one of {known}")
             )
         _ = self.objective_settings
+        self.evaluate.shape()
         return self
 
     def write(self, path: pathlib.Path) -> None:
@@ -283,7 +300,14 @@ def _value(text: str) -> Any:
     return value
 
 
-_EVALUATION_FILES = (("evaluate", "prompts"), ("evaluate", "suffix_corpus"))
+_PATHS = (
+    (None, "data"),
+    (None, "init_from"),
+    ("verifier", "path"),
+    ("generate", "files"),
+    ("evaluate", "prompts"),
+    ("evaluate", "suffix_corpus"),
+)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -293,7 +317,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}; expected settings by name")
-    for section, name in ((None, "data"), ("verifier", "path"), *_EVALUATION_FILES):
+    for section, name in _PATHS:
         place = content if section is None else content.get(section)
         if isinstance(place, dict) and isinstance(place.get(name), str):
             beside = path.parent / place[name]

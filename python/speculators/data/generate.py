@@ -16,7 +16,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from speculators.data.artifact import StaleArtifactError, check_reusable, hash_json
+from speculators.data.artifact import (
+    StaleArtifactError,
+    check_reusable,
+    hash_json,
+    read_manifest,
+)
 from speculators.data.disk import check_free, full_disk, readable_bytes
 from speculators.data.regenerate import RegenerateSettings
 from speculators.data.sources import HiddenStateSource
@@ -105,6 +110,9 @@ def generate(
 ) -> GenerateReport:
     """Makes a store, or goes on with one that was begun, or finds it complete.
 
+    A complete store with further residual streams serves as well: several algorithms can learn
+    from the data of the one that reads the most.
+
     Args:
         prepared: the documents.
         output_dir: the store's folder.
@@ -135,9 +143,13 @@ def generate(
         if check_reusable(directory, index.content_hash, manifest=INDEX):
             index = read_index(directory)
     except StaleArtifactError:
-        if not overwrite:
+        wider = _wider(directory, index)
+        if wider is not None:
+            index = wider
+        elif not overwrite:
             raise
-        stale = True
+        else:
+            stale = True
     reused = len(index.stored)
     if not index.complete:
         writer = source if regenerate is not None and isinstance(source, ResponseWriter) else None
@@ -223,6 +235,17 @@ def _new_index(
         dtype=store_dtype,
         num_documents=len(prepared),
     )
+
+
+def _wider(directory: pathlib.Path, wanted: StoreIndex) -> StoreIndex | None:
+    """The index of a whole store that has further residual streams and differs in nothing else."""
+    manifest = read_manifest(directory, INDEX)
+    streams = set(manifest.get("layer_ids", ()))
+    made_from = {**manifest.get("made_from", {}), "layer_ids": wanted.made_from["layer_ids"]}
+    if made_from != wanted.made_from or not set(wanted.layer_ids) <= streams:
+        return None
+    found = read_index(directory)
+    return found if found.complete else None
 
 
 def _say_what_it_takes(

@@ -192,9 +192,11 @@ _FIGURES = (
 def table(report: EvaluationReport) -> Table:
     """The report as a table for a terminal."""
     made = Table(title=f"{report.prompts} prompts, verifier {report.verifier}")
-    for column in _HEADER:
-        made.add_column(column, justify="right" if made.columns else "left", no_wrap=True)
-    made.add_column("accepted, %")  # by position; this one may take several lines
+    # In a narrow terminal the names and the shares by position take several lines.
+    made.add_column(_HEADER[0])
+    for column in _HEADER[1:]:
+        made.add_column(column, justify="right", no_wrap=True)
+    made.add_column("accepted, %")
     shares = [r.acceptance.acceptance_by_position for r in report.drafters.values()]
     rows = _rows(report)
     without: list[list[float]] = [[] for _ in range(len(rows) - len(shares))]

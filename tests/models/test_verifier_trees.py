@@ -118,3 +118,18 @@ def test_wrong_trees_and_paths() -> None:
         verifier.keep_path(state, 3, torch.zeros(2, 1, dtype=torch.int64), [1, 1])
     with pytest.raises(ValueError, match=r"counts are \[2\]; expected 1 to 1"):
         verifier.keep_path(state, 3, torch.zeros(1, 1, dtype=torch.int64), [2])
+
+
+def test_a_check_that_fails_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier = Verifier(verifier_models.make("llama"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verifier, "step", fail)
+        with pytest.raises(MemoryError):
+            verifier.check_trees()
+    monkeypatch.setattr(verifier, "_branches_are_separate", lambda: False)
+    with pytest.raises(UnsupportedVerifierError, match="draft chains instead"):
+        verifier.check_trees()

@@ -31,6 +31,14 @@ BASE: dict[str, Any] = {
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SHORT = 64  # tokens; longer texts have other rotary embeddings
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": SHORT,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+}
 
 
 def _plain(name: str, /, **changes: Any) -> Callable[[], PreTrainedModel]:
@@ -88,6 +96,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         layer_types=ALTERNATING,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    "phi3": _plain("Phi3", original_max_position_embeddings=SHORT, rope_parameters=LONG_ROPE),
     "qwen2_5_vl": _multimodal(
         "Qwen2_5_VL",
         {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN}

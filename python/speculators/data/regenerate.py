@@ -12,6 +12,7 @@ come with checkpoints (top-k, repetition penalties) change the verifier's distri
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -85,14 +86,15 @@ def write_responses(
         ValueError: a prompt leaves no room for an answer among the verifier's positions.
     """
     greedy = settings.temperature == 0
-    output = generate(
-        verifier,
-        None,
-        [prompt.tolist() for prompt in prompts],
-        GenerationSettings(
-            max_new_tokens=settings.max_new_tokens,
-            sampling=GREEDY if greedy else Sampling(settings.temperature, top_p=settings.top_p),
-        ),
-        generator=torch.Generator(verifier.device).manual_seed(seed),
+    generation = GenerationSettings(
+        max_new_tokens=settings.max_new_tokens,
+        sampling=GREEDY if greedy else Sampling(settings.temperature, top_p=settings.top_p),
     )
-    return [torch.tensor(sequence) for sequence in output.sequences]
+    generator = torch.Generator(verifier.device).manual_seed(seed)
+    responses: list[Tensor] = []
+    # Prompts that the verifier must not read together are apart.
+    for _, alike in itertools.groupby(prompts, lambda prompt: verifier.is_long(len(prompt))):
+        texts = [prompt.tolist() for prompt in alike]
+        output = generate(verifier, None, texts, generation, generator=generator)
+        responses += map(torch.tensor, output.sequences)
+    return responses

@@ -5,6 +5,7 @@ registers a factory under a name; nothing here imports it.
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -107,8 +108,7 @@ class TransformersSource:
         self, documents: Sequence[Tensor], batch_tokens: int
     ) -> Iterator[dict[int, Tensor]]:
         """As the protocol says; on the CPU, in the verifier's dtype."""
-        for places in length_batches([len(document) for document in documents], batch_tokens):
-            batch = [documents[place] for place in places]
+        for batch in self._batches(documents, batch_tokens):
             if self._packing:
                 try:
                     yield from self._packed(batch)
@@ -116,6 +116,14 @@ class TransformersSource:
                 except UnsupportedVerifierError:
                     self._packing = False
             yield from self._padded(batch)
+
+    def _batches(self, documents: Sequence[Tensor], batch_tokens: int) -> Iterator[list[Tensor]]:
+        """Neighbours; those that the verifier must not read together are apart."""
+        for places in length_batches([len(document) for document in documents], batch_tokens):
+            for _, alike in itertools.groupby(
+                (documents[place] for place in places), lambda one: self.model.is_long(len(one))
+            ):
+                yield list(alike)
 
     def write_responses(
         self, prompts: Sequence[Tensor], settings: RegenerateSettings, seed: int

@@ -23,7 +23,8 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: tokens that each sequence may get, at least 1.
         max_length: tokens that a sequence may have in all, its prompt included; None: as many as
-            the verifier has positions for, by its configuration's ``max_position_embeddings``.
+            the verifier has positions for, by its configuration's ``max_position_embeddings``. In
+            any case no more than ``Verifier.growth_limit``.
         sampling: greedy decoding, or temperature, top-k and top-p.
         num_draft_tokens: tokens drafted before each verification, at least 1; None: what the draft
             model's configuration says, 5 for other drafters.

@@ -7,6 +7,7 @@ families that give them a meaning: Granite divides by ``logits_scaling``, HyperC
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn, tanh
@@ -151,6 +152,29 @@ def logit_transform(config: PreTrainedConfig) -> LogitTransform:
     caps = [getattr(config, field, None) for field in _SOFTCAPS]
     softcap = next((float(cap) for cap in caps if cap is not None), None)
     return LogitTransform(factor(_MULTIPLIERS), factor(_DIVISORS), softcap)
+
+
+def rotary_length(config: PreTrainedConfig) -> tuple[int, bool] | None:
+    """Up to how many positions a pass may reach without other rotary embeddings for all of them.
+
+    ``longrope`` (Phi-3) has two sets of frequencies, for passes up to a length and for longer ones;
+    those of ``dynamic`` go on changing with the length beyond it.
+
+    Args:
+        config: the text configuration.
+
+    Returns:
+        The length, and whether one set serves everything beyond; None where nothing changes.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for kind in (parameters, *parameters.values()):  # one for all layers, or one for each type
+        name = kind.get("rope_type") if isinstance(kind, Mapping) else None
+        if name == "longrope":
+            found.append((int(kind["original_max_position_embeddings"]), True))
+        elif name == "dynamic":
+            found.append((int(config.max_position_embeddings), False))
+    return min(found, default=None)
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[int, int, int]:

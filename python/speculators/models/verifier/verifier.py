@@ -29,6 +29,7 @@ from speculators.models.verifier.architecture import (
     auto_class,
     default_aux_layer_ids,
     find_architecture,
+    rotary_length,
 )
 from speculators.models.verifier.cache import VerifierState
 from speculators.models.verifier.capture import residual_streams
@@ -86,6 +87,7 @@ class Verifier:
         # Not known before a packed batch, or a tree, comes.
         self._packs: bool | None = None
         self._takes_trees: bool | None = None
+        self._rotary = rotary_length(self.config)
         self._check_logits()
 
     @classmethod
@@ -194,6 +196,35 @@ class Verifier:
                 return tuple(found) if isinstance(found, list | tuple) else (int(found),)
         return ()
 
+    def is_long(self, length: int) -> bool:
+        """Whether so many tokens get other rotary embeddings than fewer do: see growth_limit."""
+        return self._rotary is not None and length > self._rotary[0]
+
+    def growth_limit(self, lengths: Iterable[int]) -> int | None:
+        """How long sequences that begin with prompts of these lengths can grow in one cache.
+
+        Where rotary embeddings change with the length, a cache is void beyond. None: no limit but
+        that of the positions.
+
+        Raises:
+            UnsupportedVerifierError: the prompts lie on both sides of that length, or beyond it
+                embeddings go on changing.
+        """
+        if self._rotary is None:
+            return None
+        limit, stays = self._rotary
+        beyond = [length > limit for length in lengths]
+        if not any(beyond):
+            return limit
+        if stays and all(beyond):
+            return None
+        what = f"{type(self.model).__name__} changes its rotary embeddings at {limit} tokens"
+        raise UnsupportedVerifierError(
+            f"{what}, for all rows of a batch; read shorter and longer ones apart"
+            if stays
+            else f"{what}, and again with each length beyond; expected at most {limit} tokens"
+        )
+
     def default_aux_layer_ids(self) -> tuple[int, int, int]:
         """The residual streams that a draft reads by default.
 
@@ -247,11 +278,18 @@ class Verifier:
                     "attention_mask=None and logits='all' or 'none'"
                 )
             self._check_packing()
+            if self._rotary is not None and int(positions.max()) >= self._rotary[0]:
+                raise UnsupportedVerifierError(
+                    f"{type(self.model).__name__} changes its rotary embeddings at "
+                    f"{self._rotary[0]} tokens, for all documents of a row; pad them instead"
+                )
             positions = self._packed(positions)
             return self._forward(input_ids, positions, None, None, capture, logits)
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device)
         lengths = rows.row_lengths(input_ids, attention_mask)
+        if self._rotary is not None:
+            self.growth_limit(lengths.tolist())
         state = VerifierState(
             cache.new_cache(self.config), lengths, bool((lengths < input_ids.shape[1]).any())
         )
@@ -415,7 +453,11 @@ class Verifier:
         """
         if self._takes_trees is None:
             self._takes_trees = True  # for the pass below
-            self._takes_trees = self._branches_are_separate()
+            try:
+                self._takes_trees = self._branches_are_separate()
+            except BaseException:
+                self._takes_trees = None
+                raise
         if not self._takes_trees:
             raise UnsupportedVerifierError(
                 f"{type(self._parts.decoder).__name__} does not keep the branches of a tree apart "

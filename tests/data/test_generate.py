@@ -222,8 +222,8 @@ def test_a_store_of_further_streams_serves(tmp_path: pathlib.Path) -> None:
             assert found.reused_documents == len(LENGTHS)
     with pytest.raises(StaleArtifactError):
         generate(documents, tmp_path, KnownSource(layer_ids=(1, 3)), **OPTIONS)
+    other = KnownSource(layer_ids=(3,), name="other")
     with pytest.raises(StaleArtifactError):
-        other = KnownSource(layer_ids=(3,), name="other")
         generate(documents, tmp_path, other, **OPTIONS)
     assert files(tmp_path) == before
 

@@ -13,6 +13,7 @@ from tests.models import verifier_models
 from tests.models.verifier_models import LAYERS, VOCABULARY, WINDOW
 from torch import Tensor
 
+from speculators.decoding.combined_drafter import CombinedDrafter
 from speculators.decoding.draft_models import Draft, WithSuffix
 from speculators.decoding.drafters import NgramDrafter
 from speculators.decoding.generation import GenerationOutput, generate, generate_stream
@@ -303,3 +304,21 @@ def test_wrong_prompts(
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**arguments)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_drafter_that_remembers_has_whole_texts(llama: Case, together: bool) -> None:
+    """Also what the last verification of a text emitted."""
+    corpus = suffix_corpus([])
+    suffix = SuffixDrafter(corpus, remember=True)
+    draft: Draft = suffix
+    if together:
+        draft = CombinedDrafter(perfect(llama), suffix)
+    settings = GenerationSettings(max_new_tokens=NEW, num_draft_tokens=3)
+    assert generate(llama.verifier, draft, PROMPTS, settings).sequences == llama.expected
+    generate(llama.verifier, suffix, [[1]], GenerationSettings(max_new_tokens=2))
+    # A text that ended with its first token never came to a drafter.
+    told = [text for text in llama.expected if len(text) > 1]
+    assert len(corpus) == len(suffix_corpus(told))
+    for text in told:
+        assert corpus.propose(1, context=text[:-1], min_match=8).tokens.tolist() == [text[-1]]

@@ -200,6 +200,16 @@ def test_a_path_through_the_tree(verifier: Verifier, right: str) -> None:
         assert len(shown) == len(told) - 1
 
 
+def test_trees_of_a_verifier_in_float16() -> None:
+    """The operators have no float16; its logits are exact in float32."""
+    verifier = Verifier(verifier_models.make("llama").half())
+    for sampling in (Sampling(), Sampling(temperature=0.5)):
+        settings = GenerationSettings(NEW, sampling=sampling, eos_token_ids=())
+        output = generate(verifier, SuffixDrafter(tree_nodes=6), PROMPTS, settings)
+        assert [len(row) for row in output.sequences] == [NEW] * len(PROMPTS)
+        assert output.acceptance.drafts > 0
+
+
 def test_trees_stop_where_positions_end() -> None:
     verifier = Verifier(verifier_models.make("llama"))
     draft = make_draft("eagle", verifier)

@@ -95,6 +95,10 @@ class CombinedDrafter:
         self._drafts = [self._drafts[row] for row in rows]
         self._accepted = [self._accepted[row] for row in rows]
 
+    def finish(self, row: int, tokens: Sequence[int]) -> None:
+        """See :class:`~speculators.decoding.drafters.Finishing`."""
+        self._suffix.finish(row, tokens)
+
 
 def _exchange(proposal: Proposal, chains: Sequence[SuffixDraft], wins: Sequence[bool]) -> Proposal:
     """The model's proposal with the chains in the rows where they win."""

@@ -83,6 +83,18 @@ class Drafter(Protocol):
         """Keeps these rows of the batch only, in this order; the others have ended."""
 
 
+class Finishing(Drafter, Protocol):
+    """A drafter that wants to know how texts end."""
+
+    def finish(self, row: int, tokens: Sequence[int]) -> None:
+        """Tells the last tokens of a row that has ended, which no ``update`` tells.
+
+        Args:
+            row: its place in the batch; ``select`` drops it next, if rows go on.
+            tokens: what was emitted of the last verification.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class TreeProposal:
     """A drafted tree for each of B sequences.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
-from speculators.decoding.drafters import Proposal, TreeDrafting, TreeProposal
+from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting, TreeProposal
 from speculators.decoding.sampling import RandomNumbers, draw
 from speculators.decoding.settings import GenerationSettings, Prompts, pad_prompts
 from speculators.decoding.stopping import FinishReason, Stopping
@@ -117,15 +117,18 @@ class _Generation:
         self._capture = self._drafter.capture if self._drafter else ()
         self._prompts, self._mask = pad_prompts(prompts, attention_mask)
         batch = len(self._prompts)
+        width = self._prompts.shape[1]
+        lengths = [width] * batch if self._mask is None else self._mask.sum(1).tolist()
+        self._max_length = _least(
+            settings.max_length or getattr(verifier.config, "max_position_embeddings", None),
+            verifier.growth_limit(lengths),
+        )
         self._random = RandomNumbers(generator, batch, verifier.device)
         ids = settings.eos_token_ids
         self._stopping = Stopping(
             frozenset(verifier.eos_token_ids if ids is None else ids),
             settings.stop_strings,
             verifier.tokenizer if settings.stop_strings else None,
-        )
-        self._max_length = settings.max_length or getattr(
-            verifier.config, "max_position_embeddings", None
         )
         self.output = GenerationOutput(
             [[] for _ in range(batch)],
@@ -192,7 +195,7 @@ class _Generation:
             tokens = tokens.scatter(1, accepted, next_tokens)
             new = [row[1 : row[0] + 2] for row in torch.cat([accepted, tokens], 1).tolist()]
         self._record(new, width, None if proposal is None else proposal.counts)
-        emitted, kept = self._emit(new)
+        emitted, kept = self._advance(new)
         if kept:
             counts = [len(new[row]) for row in kept]
             index = self._keep(kept)
@@ -219,7 +222,7 @@ class _Generation:
         numbers = torch.cat([depths[:, None], verdict.accepted[:, None], tokens], 1).tolist()
         new = [row[2 : row[1] + 3] for row in numbers]
         self._record(new, 0, [row[0] for row in numbers])
-        emitted, kept = self._emit(new)
+        emitted, kept = self._advance(new)
         if kept:
             counts = [len(new[row]) for row in kept]
             index = self._keep(kept)
@@ -272,6 +275,8 @@ class _Generation:
     def _verify_tree(
         self, logits: Tensor, proposal: TreeProposal, uniforms: Tensor | None
     ) -> tree_verification.TreeVerdict:
+        if logits.dtype == torch.float16:
+            logits = logits.float()  # the operators have no float16
         if uniforms is None:
             return tree_verification.verify_greedy(logits, proposal.tree)
         sampling, end = self._settings.sampling, self._nodes + proposal.tree.tokens.shape[1]
@@ -305,6 +310,16 @@ class _Generation:
             accepted = len(tokens) - 1
             self.output.traces[row].append(accepted)
             self.output.acceptance.record(drafted[place] if drafted else width, accepted)
+
+    def _advance(self, new: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """Emits, and tells a drafter that wants to know how the texts end that do."""
+        sequences = self._rows
+        emitted, kept = self._emit(new)
+        if hasattr(self._drafter, "finish"):
+            drafter = cast("Finishing", self._drafter)
+            for row in sorted(set(range(len(sequences))) - set(kept)):
+                drafter.finish(row, emitted[sequences[row]])
+        return emitted, kept
 
     def _emit(self, new: list[list[int]]) -> tuple[list[list[int]], list[int]]:
         """Appends new tokens to the sequences of the rows, up to where those end.
@@ -349,6 +364,10 @@ class _Generation:
                 "that a sequence may have: shorten it, or set max_length"
             )
         return min(self._settings.max_new_tokens, self._max_length - length)
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def _rows_of(tensor: Tensor, index: Tensor | None) -> Tensor:

@@ -139,6 +139,10 @@ class SuffixDrafter:
         self._keep([self._rows[row] for row in set(range(len(self._rows))) - set(rows)])
         self._rows = [self._rows[row] for row in rows]
 
+    def finish(self, row: int, tokens: Sequence[int]) -> None:
+        """See :class:`~speculators.decoding.drafters.Finishing`."""
+        self._rows[row].written += tokens
+
     def propose_chains(self, count: int) -> list[SuffixDraft]:
         """Of every row the better chain of at most ``count`` tokens; it may have none."""
         return [self._draft(row, count, tree=False) for row in self._rows]

@@ -193,7 +193,7 @@ def table(report: EvaluationReport) -> Table:
     """The report as a table for a terminal."""
     made = Table(title=f"{report.prompts} prompts, verifier {report.verifier}")
     # In a narrow terminal the names and the shares by position take several lines.
-    made.add_column(_HEADER[0])
+    made.add_column(_HEADER[0], overflow="fold")
     for column in _HEADER[1:]:
         made.add_column(column, justify="right", no_wrap=True)
     made.add_column("accepted, %")

@@ -15,7 +15,13 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from speculators.decoding.drafters import Drafter, Proposal, TreeDrafting, TreeProposal
+from speculators.decoding.drafters import (
+    Drafter,
+    Finishing,
+    Proposal,
+    TreeDrafting,
+    TreeProposal,
+)
 
 T = TypeVar("T")
 
@@ -139,6 +145,11 @@ class TimedDrafter:
     def select(self, rows: Sequence[int]) -> None:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         self._drafter.select(rows)
+
+    def finish(self, row: int, tokens: Sequence[int]) -> None:
+        """See :class:`~speculators.decoding.drafters.Finishing`."""
+        if hasattr(self._drafter, "finish"):
+            cast("Finishing", self._drafter).finish(row, tokens)
 
 
 def _finish(device: torch.device) -> None:

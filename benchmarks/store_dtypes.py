@@ -1,6 +1,6 @@
 """What hidden states of fewer bits cost a draft: the main job once for each of them and each seed.
 
-    ./bazelw run //benchmarks:store_dtypes -- --output-dir=DIR [--seeds=N] [--dtypes=int8,fp8]
+    ./bazelw run //benchmarks:store_dtypes -- --output-dir=DIR [--seeds=N] [--updates=N]
 
 Each kind of store is made from the same prompts, the same drafts learn from it, and all decode the
 same held-out prompts. Intervals are of 95 %, over prompts, with the verifications of all seeds. The
@@ -30,6 +30,7 @@ def main(
     output_dir: Annotated[pathlib.Path, typer.Option(help="Where stores and drafts go.")],
     algorithm: Annotated[str, typer.Option(help="Of the drafts.")] = "hass",
     seeds: Annotated[int, typer.Option(help="Drafts for each kind of store.")] = 3,
+    updates: Annotated[int, typer.Option(help="Of each draft.")] = 2100,
     limit: Annotated[int, typer.Option(help="Held-out prompts.")] = 96,
     max_new_tokens: Annotated[int, typer.Option(help="Of each prompt.")] = 128,
     dtypes: Annotated[str, typer.Option(help="Of the stores.")] = "bfloat16,int8,fp8",
@@ -50,7 +51,8 @@ def main(
                 run(
                     "train", f"--recipe={EXAMPLES / algorithm}.yaml", "--output-dir", draft,
                     "--data-dir", data, f"--generate.store-dtype={dtype}", "--skip-evaluation",
-                    f"--training.seed={seed}", "--training.tracker.name=none",
+                    f"--training.seed={seed}", f"--training.max-steps={updates}",
+                    f"--training.validation.every-steps={updates}", "--training.tracker.name=none",
                 )  # fmt: skip
             model = SpeculatorModel.from_pretrained(draft, verifier=verifier, dtype=torch.float32)
             traces = []

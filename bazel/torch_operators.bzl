@@ -5,25 +5,24 @@ load(":cuda_library.bzl", "REQUIRES_CUDA")
 
 _STABLE_ABI = "@pypi//torch:stable_abi"
 
-def torch_operators(name, interface, cpu, cuda):
-    """NAME_op, from NAME_op.cc, and NAME_op_cuda, from NAME_op_cuda.cc, for _C and _C_cuda.
-
-    Both include NAME_arguments.h, which turns torch's tensors into the kernels' arguments.
+def torch_operators(name, arguments, interface, cpu, cuda):
+    """NAME, from NAME.cc, and NAME_cuda, from NAME_cuda.cc: for _C and _C_cuda.
 
     Args:
-        name: the prefix of targets and files.
+        name: the prefix of targets and sources.
+        arguments: a header for both that turns torch's tensors into the kernels' arguments.
         interface: headers of the kernels.
         cpu: kernels for the CPU.
         cuda: those for CUDA.
     """
     cc_library(
         name = name + "_arguments",
-        hdrs = [name + "_arguments.h"],
+        hdrs = [arguments],
         deps = interface + [_STABLE_ABI],
     )
     for suffix, kernels, attributes in (
-        ("_op", cpu, {}),
-        ("_op_cuda", cuda, {
+        ("", cpu, {}),
+        ("_cuda", cuda, {
             "local_defines": ["USE_CUDA"],
             "target_compatible_with": REQUIRES_CUDA,
         }),

@@ -48,11 +48,22 @@ def test_one_seed_is_for_all_unless_training_has_its_own() -> None:
 
 def test_paths_in_a_file_are_beside_it(tmp_path: pathlib.Path) -> None:
     recipe = read_recipe(TINY / "hass.yaml", {})
-    assert recipe.verifier.path == str(TINY / "model")
-    assert recipe.data == str(TINY / "prompts_train.jsonl")
-    assert recipe.evaluate.prompts == str(TINY / "prompts_eval.jsonl")
-    file = write(tmp_path / "r.yaml", "verifier: {path: organisation/model}\n")
-    assert read_recipe(file, {}).verifier.path == "organisation/model", "a name on the Hub"
+    folder = (TINY / "hass.yaml").resolve().parent  # Bazel has links
+    assert recipe.verifier.path == str(folder / "model")
+    assert recipe.data == str(folder / "prompts_train.jsonl")
+    assert recipe.evaluate.prompts == str(folder / "prompts_eval.jsonl")
+    text = "verifier: {path: organisation/model}\ninit_from: draft\ngenerate: {files: states}\n"
+    file = write(tmp_path / "r.yaml", text)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "states").mkdir()
+    link = tmp_path / "elsewhere" / "link.yaml"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    for path in (file, link):
+        recipe = read_recipe(path, {})
+        assert recipe.verifier.path == "organisation/model", "a name on the Hub"
+        assert recipe.init_from == str(tmp_path / "draft")
+        assert recipe.generate.files == str(tmp_path / "states")
 
 
 @pytest.mark.parametrize("file", sorted(TINY.glob("*.yaml")), ids=lambda file: file.stem)
@@ -86,6 +97,8 @@ def test_a_dtype_has_a_short_name(tmp_path: pathlib.Path) -> None:
         ({"training.epochs": 0}, "training.epochs: found 0; input should be greater than"),
         ({"generate.store_dtype": "int3"}, 'generate.store_dtype: found "int3"'),
         ({"draft": {"layer_norms": True}}, r"draft.layer_norms: hass .* mean draft.layernorms\?"),
+        ({"evaluate.tree": "4,x"}, "evaluate.tree: "),
+        ({"evaluate.tree": "none.json"}, "evaluate.tree: .*none.json"),
         ({"objective": {"step": 3}}, r"step: there is no such setting; did you mean steps\?"),
     ],
 )

@@ -320,7 +320,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     for section, name in _PATHS:
         place = content if section is None else content.get(section)
         if isinstance(place, dict) and isinstance(place.get(name), str):
-            beside = path.parent / place[name]
+            # Behind a link, such as Bazel's, files stay where they are.
+            beside = path.resolve().parent / place[name]
             if beside.exists():
                 place[name] = str(beside)
     return content

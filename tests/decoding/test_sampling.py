@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from speculators.decoding.sampling import GREEDY, RandomNumbers, Sampling, draw
+from speculators.ops.tree_verification import LEAST_TEMPERATURE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,6 +49,8 @@ def test_ties_with_the_last_of_the_top_k_stay() -> None:
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 9e-7}, r"temperature is 9e-07; expected 0 \(greedy\), or a .* 1e-06"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
@@ -58,6 +61,11 @@ def test_ties_with_the_last_of_the_top_k_stay() -> None:
 def test_wrong_settings(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)  # type: ignore[arg-type]
+
+
+def test_at_the_least_temperature_there_are_still_numbers() -> None:
+    logits = torch.tensor([3.0, 90.0, 89.0])
+    assert Sampling(LEAST_TEMPERATURE).distribution(logits).tolist() == [0.0, 1.0, 0.0]
 
 
 def test_greedy_has_no_distribution() -> None:

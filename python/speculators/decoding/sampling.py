@@ -12,13 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from speculators.ops.tree_verification import LEAST_TEMPERATURE
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen from logits: temperature, then top-k, then top-p, as transformers does.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy decoding, and the others must be off then.
+        temperature: divides the logits; 0 is greedy decoding, and the others must be off then. The
+            least other one is ``LEAST_TEMPERATURE``, where quotients are still numbers.
         top_k: keep the k most likely tokens, and what ties with the last of them; 0 keeps all.
         top_p: keep the fewest tokens whose probabilities add up to at least this; 1 keeps all.
 
@@ -32,9 +35,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if not 0.0 <= self.temperature < float("inf"):
+        if not self.greedy and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or a positive number"
+                f"temperature is {self.temperature}; expected 0 (greedy), or a number of at least "
+                f"{LEAST_TEMPERATURE}"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected 0 (all tokens) or at least 1")

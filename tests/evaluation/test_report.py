@@ -120,6 +120,17 @@ def test_interval_contains_tau_and_shrinks_with_prompts() -> None:
     assert widths[2] == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
+def test_interval_is_that_of_prompts_drawn_one_resample_after_the_other() -> None:
+    steps, generator = traces(20), np.random.default_rng(7)
+    taus = []
+    for _ in range(4000):
+        drawn = [steps[prompt] for prompt in generator.integers(len(steps), size=len(steps))]
+        taus.append(1 + sum(map(sum, drawn)) / sum(map(len, drawn)))
+    low, high = np.quantile(taus, [0.025, 0.975])
+    interval = tau_interval(steps, resamples=4000)
+    assert interval == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
 def test_interval_has_its_coverage() -> None:
     """Of many samples from known prompts about 95 % have the true tau in their interval."""
     everything = traces(5000, seed=3)

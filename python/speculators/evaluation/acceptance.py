@@ -74,10 +74,8 @@ def tau_interval(
     accepted = torch.tensor([sum(trace) for trace in kept], dtype=torch.float64)
     verifications = torch.tensor([len(trace) for trace in kept], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    taus = torch.empty(resamples, dtype=torch.float64)
-    for number in range(resamples):
-        drawn = torch.randint(len(kept), (len(kept),), generator=generator)
-        taus[number] = 1.0 + accepted[drawn].sum() / verifications[drawn].sum()
+    drawn = torch.randint(len(kept), (resamples, len(kept)), generator=generator)
+    taus = 1.0 + accepted[drawn].sum(1) / verifications[drawn].sum(1)
     low, high = taus.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

@@ -92,7 +92,7 @@ def test_the_fastest_is_found_in_rounds(
     found = search(candidates(draft), prompts, measured)
     assert found.name == fastest
     assert found.draft == candidates(draft)[fastest]
-    assert asked == [(21, 2), (11, 4), (6, 8)]
+    assert asked == [(21, 1), (11, 2), (6, 4), (3, 8)]
     assert [len(report.drafters) for report in found.rounds] == [count for count, _ in asked]
 
 

@@ -29,7 +29,7 @@ DYNAMIC = (
     DynamicTree(60, 6, 10),
 )
 KEPT = 3
-"""Candidates that are left in the end."""
+"""Candidates in the last round, or all if there are fewer."""
 
 Evaluate = Callable[[Mapping[str, AnyDrafter], Sequence[Prompt]], EvaluationReport]
 
@@ -78,13 +78,13 @@ def search(drafts: Mapping[str, Shaped], prompts: Sequence[Prompt], evaluate: Ev
         )
     rounds = []
     left = dict(drafts)
-    turns = max(1, math.ceil(math.log2(len(left) / KEPT))) if len(left) > KEPT else 1
+    halvings = max(0, math.ceil(math.log2(len(left) / KEPT)))
     while True:
-        turns -= 1
-        part = prompts[: max(1, len(prompts) >> turns)]
+        part = prompts[: max(1, len(prompts) >> halvings)]
         rounds.append(evaluate(left, part))
         speed = {name: r.speed.tokens_per_second for name, r in rounds[-1].drafters.items()}
         best = sorted(left, key=lambda name: -speed[name])
-        if turns == 0:
+        if halvings == 0:
             return Found(best[0], left[best[0]], rounds)
+        halvings -= 1
         left = {name: left[name] for name in best[: max(KEPT, math.ceil(len(best) / 2))]}

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.verifier_models import make, tokens
+from tests.models.verifier_models import LAYERS, make, tokens
 
 from speculators.decoding import DynamicTree, Shaped, StaticTree
 from speculators.evaluation import EvaluationReport, Prompt
 from speculators.evaluation.evaluate import evaluate
 from speculators.evaluation.report import markdown
-from speculators.evaluation.search import candidates, search
+from speculators.evaluation.search import CHAINS, candidates, search
 from speculators.models import SpeculatorModel, find_algorithm
-from speculators.models.verifier import Verifier
+from speculators.models.verifier import UnsupportedVerifierError, Verifier
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_fastest_is_found_in_rounds(
     verifier: Verifier, draft: SpeculatorModel, prompts: list[Prompt]
 ) -> None:
     """The speeds are a script; a late candidate that looks slow on few prompts does not win."""
-    names = list(candidates(draft))
+    names = list(candidates(draft, verifier))
     speeds = {name: 100.0 + 7 * n % 50 for n, name in enumerate(names)}
     fastest = max(speeds, key=lambda name: speeds[name])
     asked: list[tuple[int, int]] = []
@@ -89,18 +89,35 @@ def test_the_fastest_is_found_in_rounds(
         }
         return report.model_copy(update={"drafters": drafters})
 
-    found = search(candidates(draft), prompts, measured)
+    found = search(candidates(draft, verifier), prompts, measured)
     assert found.name == fastest
-    assert found.draft == candidates(draft)[fastest]
+    assert found.draft == candidates(draft, verifier)[fastest]
     assert asked == [(21, 1), (11, 2), (6, 4), (3, 8)]
     assert [len(report.drafters) for report in found.rounds] == [count for count, _ in asked]
 
 
-def test_a_search_over_nothing(draft: SpeculatorModel, prompts: list[Prompt]) -> None:
+def test_where_no_tree_can_be_read_chains_are_searched(
+    draft: SpeculatorModel, prompts: list[Prompt]
+) -> None:
+    model: Any = make("llama")
+    verifier = Verifier(model)
+    model.config.layer_types = ["chunked_attention"] * LAYERS
+    model.config.attention_chunk_size = 64
+    for _ in range(2):  # what was found is remembered
+        found = candidates(draft, verifier)
+        assert [shape.num_draft_tokens for shape in found.values()] == list(CHAINS)
+        assert all(shape.tree is None for shape in found.values())
+    with pytest.raises(UnsupportedVerifierError, match="draft chains instead"):
+        evaluate(verifier, {"tree": Shaped(draft, tree=DynamicTree())}, prompts, max_new_tokens=4)
+
+
+def test_a_search_over_nothing(
+    verifier: Verifier, draft: SpeculatorModel, prompts: list[Prompt]
+) -> None:
     def never(_: Mapping[str, Any], __: Sequence[Prompt]) -> EvaluationReport:
         raise AssertionError("nothing should be measured")
 
     with pytest.raises(ValueError, match="got 0 candidates and 8 prompts"):
         search({}, prompts, never)
     with pytest.raises(ValueError, match="and 0 prompts"):
-        search(candidates(draft), [], never)
+        search(candidates(draft, verifier), [], never)

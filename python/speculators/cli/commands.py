@@ -5,6 +5,7 @@ that have no flag of their own are given by their dotted name: ``--training.epoc
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -190,6 +191,8 @@ def evaluate(
             "evaluate.suffix_corpus": suffix_corpus,
             "verifier.dtype": dtype,
         }
+        if search:
+            _check_search(context, words)
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)
         if against_vllm or endpoint is not None:
             compare_with_vllm(settings, named, output_dir, vllm_python, endpoint)
@@ -197,6 +200,20 @@ def evaluate(
             search_shapes(settings, named, output_dir)
         else:
             evaluate_drafts(settings, named, output_dir)
+
+
+def _check_search(context: typer.Context, words: Mapping[str, Any]) -> None:
+    """A recipe may say how its draft drafts; who asks for it and for a search means one of them."""
+    from speculators.cli.recipe import parse_flags
+
+    given = {name for name, value in words.items() if value is not None}
+    given |= parse_flags(context.args).keys()
+    shape = [f"evaluate.{name}" for name in ("k", "tree", "nodes", "depth", "children")]
+    if surplus := sorted(given.intersection(shape)):
+        raise UsageError(
+            f"--search finds the number of tokens or the tree itself, and {', '.join(surplus)} "
+            "would be passed over; leave out one or the other"
+        )
 
 
 def _recipe(

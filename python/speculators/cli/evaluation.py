@@ -82,7 +82,10 @@ def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | 
     def timed(drafters: Mapping[str, AnyDrafter], some: Sequence[Prompt]) -> EvaluationReport:
         return measure(verifier, drafters, some, recipe, progress, compare_transformers=False)
 
-    found = search(candidates(model), tried, timed)
+    shapes = candidates(model, verifier)
+    if all(shape.tree is None for shape in shapes.values()):
+        progress.message(f"no trees are tried: {verifier.config.model_type} cannot read them")
+    found = search(shapes, tried, timed)
     name = next(iter(_names(drafts)))
     report = measure(
         verifier, {f"{name}, {found.name}": found.draft, name: model}, kept, recipe, progress

@@ -15,6 +15,7 @@ from speculators.evaluation.evaluate import AnyDrafter
 from speculators.evaluation.prompts import Prompt
 from speculators.evaluation.report import EvaluationReport
 from speculators.models.speculator_model import SpeculatorModel
+from speculators.models.verifier import UnsupportedVerifierError, Verifier
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8)
 STATIC = ((2, 1, 1), (2, 2, 1), (3, 1, 1, 1), (4, 2, 1, 1), (2, 2, 1, 1, 1), (2, 2, 2, 1, 1))
@@ -49,9 +50,13 @@ class Found:
     rounds: list[EvaluationReport]
 
 
-def candidates(model: SpeculatorModel) -> dict[str, Shaped]:
-    """Chains and trees that are worth a try, by name."""
+def candidates(model: SpeculatorModel, verifier: Verifier) -> dict[str, Shaped]:
+    """Chains, and trees if the verifier can read them, that are worth a try, by name."""
     found = {f"chain, k={k}": Shaped(model, num_draft_tokens=k) for k in CHAINS}
+    try:
+        verifier.check_trees()
+    except UnsupportedVerifierError:
+        return found
     for widths in STATIC:
         name = ",".join(map(str, widths))
         found[f"tree={name}"] = Shaped(model, tree=StaticTree.of_widths(widths))

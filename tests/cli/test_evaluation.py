@@ -1,0 +1,71 @@
+"""``speculators evaluate``: what a search tries, where reports go, and how it ends when it fails."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from speculators.cli.app import app
+from speculators.evaluation import EvaluationReport
+from speculators.models import SpeculatorModel, find_algorithm
+from speculators.models.verifier import UnsupportedVerifierError, Verifier
+
+TINY = pathlib.Path("examples/tiny_verifier/model").absolute()
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An untrained draft that names the tiny verifier as its own."""
+    verifier = Verifier.from_pretrained(TINY)
+    torch.manual_seed(0)
+    config = find_algorithm("eagle").new_config(verifier.config, str(TINY), speculative_tokens=2)
+    folder = tmp_path_factory.mktemp("drafts") / "draft"
+    SpeculatorModel.from_config(config, verifier).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in (3, 4)))
+    return path
+
+
+def run(*arguments: str | pathlib.Path) -> Any:
+    words = [*arguments, "--evaluate.max-new-tokens=2"]
+    return CliRunner().invoke(app, ["evaluate", *map(str, words)])
+
+
+def test_a_search_for_a_verifier_that_reads_no_trees_says_so_and_tries_chains(
+    draft: pathlib.Path, prompts: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Verifier) -> None:
+        raise UnsupportedVerifierError("its cache cannot branch")
+
+    monkeypatch.setattr(Verifier, "check_trees", refused)
+    result = run(draft, "--prompts", prompts, "--search", "--output-dir", prompts.parent)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("no trees are tried: llama cannot read them\n") == 1
+    report = EvaluationReport.read(prompts.parent)
+    assert list(report.drafters) == [report.main, "draft"]
+    assert report.main.startswith("draft, chain, k=")
+    assert all(result.tree is None for result in report.drafters.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--k=3"], "evaluate.k"),
+        (["--tree=dynamic", "--nodes=9"], "evaluate.nodes, evaluate.tree"),
+        (["--evaluate.tree=4,2"], "evaluate.tree"),
+    ],
+)
+def test_a_search_for_what_is_given_is_a_mistake(flags: list[str], named: str) -> None:
+    result = run("draft", "--prompts=x", "--search", *flags)
+    assert result.exit_code == 2, result.output
+    assert f"error: --search finds the number of tokens or the tree itself, and {named}" in (
+        result.output
+    )

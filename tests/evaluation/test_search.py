@@ -7,7 +7,14 @@ import pytest
 import torch
 from tests.models.verifier_models import LAYERS, make, tokens
 
-from speculators.decoding import DynamicTree, Shaped, StaticTree
+from speculators.decoding import (
+    DynamicTree,
+    GenerationSettings,
+    Shaped,
+    StaticTree,
+    SuffixDrafter,
+    generate,
+)
 from speculators.evaluation import EvaluationReport, Prompt
 from speculators.evaluation.evaluate import evaluate
 from speculators.evaluation.report import markdown
@@ -63,6 +70,27 @@ def test_chains_and_trees_side_by_side(
     assert "best drafts trees: best 12 nodes, 4 deep, 6 children." in text
     assert "| wide | 2 deep |" in text
     assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_trees_of_matches_are_reported_as_trees(verifier: Verifier) -> None:
+    repeated = [5, 6, 7, 8, 9, 5, 6, 7, 10, 5, 6, 7]
+    prompts = [Prompt(torch.tensor(repeated))]
+    drafter = SuffixDrafter(tree_nodes=9, doubt=0.0, factor=1.0)
+    settings = GenerationSettings(max_new_tokens=12)
+    counts = generate(verifier, drafter, [repeated], settings).acceptance
+    deepest = len(counts.drafted_by_position)
+    report = evaluate(
+        verifier, {"matches": drafter}, prompts,
+        max_new_tokens=12, warmup=0, compare_transformers=False,
+    )  # fmt: skip
+    result = report.drafters["matches"]
+    assert 0 < deepest < 9
+    assert result.acceptance.k == len(result.acceptance.acceptance_by_position) == deepest
+    assert result.acceptance.drafted_by_position == counts.drafted_by_position
+    assert result.tree == f"up to 9 nodes, up to {drafter.tree_depth} deep"
+    text = markdown(report)
+    assert "matches drafts trees: up to 9 nodes" in text
+    assert f"| matches | {deepest} deep |" in text
 
 
 def test_the_fastest_is_found_in_rounds(

@@ -195,6 +195,14 @@ def _kind(draft: AnyDraft) -> str:
     return draft.spec.name if isinstance(draft, SpeculatorModel) else type(draft).__name__
 
 
+def _tree(draft: AnyDraft) -> str | None:
+    """The shape of its trees in words, None for chains."""
+    if isinstance(draft, Shaped):
+        return None if draft.tree is None else str(draft.tree)
+    nodes, depth = getattr(draft, "tree_nodes", 0), getattr(draft, "tree_depth", 0)
+    return f"up to {nodes} nodes, up to {depth} deep" if nodes else None
+
+
 def _result(
     batches: Batches,
     draft: AnyDraft,
@@ -211,10 +219,13 @@ def _result(
     if batches.device.type == "cpu":  # elsewhere a call returns before its work is done
         drafting = sum(batch.result.draft_seconds for batch in done)
         share = drafting / sum(batch.seconds[0] for batch in done)
+    tree, k = _tree(draft), batches.k(draft)
+    if tree is not None and not isinstance(draft, Shaped):
+        k = len(counts.drafted_by_position)  # a limit may be far from what such trees come to
     return DrafterResult(
         kind=_kind(draft),
-        tree=str(draft.tree) if isinstance(draft, Shaped) and draft.tree else None,
-        acceptance=acceptance_result(counts, traces, batches.k(draft), batches.seed),
+        tree=tree,
+        acceptance=acceptance_result(counts, traces, k, batches.seed),
         speed=speed,
         speedup=speed.tokens_per_second / plain.tokens_per_second,
         draft_time_share=share,

@@ -28,7 +28,8 @@ class AcceptanceResult(_Result):
     """How much of what was drafted the verifier accepted; definitions in ``decoding.acceptance``.
 
     Attributes:
-        k: tokens that were to be drafted before each verification; of a tree its depth.
+        k: tokens that were to be drafted before each verification; of a tree its depth, and where
+            that is not set, as of matches, the depth of the deepest one drafted.
         tau: emitted tokens per verification, 1 + accepted tokens / verifications, over all prompts
             together; the pass over the prompt is not counted.
         tau_interval: its 95 % interval over prompts.

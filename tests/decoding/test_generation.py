@@ -205,6 +205,37 @@ def test_the_verifiers_own_positions_are_the_limit(llama: Case) -> None:
         generate(llama.verifier, None, [[*prompt, 5, 5, 5]])
 
 
+@pytest.mark.parametrize(
+    ("prompts", "mask", "message"),
+    [
+        ([[5] * 3, [5] * 9], None, "a prompt has 9 tokens; expected fewer than 9, .* shorten it"),
+        ([[5], [5, 61]], None, "prompt 1 has token id 61; expected 0 to 60, .* tokenizer"),
+        ([[5, -1]], None, "prompt 0 has token id -1; expected 0 to 60"),
+        (torch.tensor([[5, 5], [-100, 5]]), torch.tensor([[1, 1], [0, 1]]), "prompt 1 .* id -100"),
+        (torch.tensor([[5, 5]]), torch.tensor([[1, 0]]), "padding after a token"),
+        (torch.tensor([5, 5]), None, r"int64 \[2\]; expected integers \[B, T\]"),
+    ],
+)
+def test_nothing_is_read_of_prompts_that_cannot_be_continued(
+    llama: Case, prompts: Any, mask: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the prompts were read")
+
+    monkeypatch.setattr(llama.verifier, "prefill", never)
+    settings = GenerationSettings(max_length=9)
+    with pytest.raises(ValueError, match=message):
+        generate(llama.verifier, None, prompts, settings, attention_mask=mask)
+
+
+def test_the_mask_says_how_long_prompts_are(llama: Case) -> None:
+    prompt = [0] * 6 + PROMPTS[0]
+    mask = torch.tensor([[0] * 6 + [1] * len(PROMPTS[0])])
+    settings = GenerationSettings(max_length=len(PROMPTS[0]) + 2)
+    output = generate(llama.verifier, None, torch.tensor([prompt]), settings, attention_mask=mask)
+    assert output.sequences == [llama.expected[0][:2]]
+
+
 def test_streams_are_the_output_in_pieces(llama: Case) -> None:
     settings = GenerationSettings(max_new_tokens=NEW, num_draft_tokens=4)
     called: list[list[list[int]]] = []

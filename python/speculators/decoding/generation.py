@@ -19,7 +19,7 @@ from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
 from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting, TreeProposal
 from speculators.decoding.sampling import RandomNumbers, draw
-from speculators.decoding.settings import GenerationSettings, Prompts, pad_prompts
+from speculators.decoding.settings import GenerationSettings, Prompts, check_prompts, pad_prompts
 from speculators.decoding.stopping import FinishReason, Stopping
 from speculators.decoding.verification import Verdict, verify_greedy, verify_sampling
 from speculators.models.verifier.cache import VerifierState
@@ -116,9 +116,8 @@ class _Generation:
         self._depth: int = getattr(self._drafter, "tree_depth", 0)
         self._capture = self._drafter.capture if self._drafter else ()
         self._prompts, self._mask = pad_prompts(prompts, attention_mask)
-        batch = len(self._prompts)
-        width = self._prompts.shape[1]
-        lengths = [width] * batch if self._mask is None else self._mask.sum(1).tolist()
+        lengths = check_prompts(self._prompts, self._mask, verifier.vocab_size)
+        batch = len(lengths)
         self._max_length = _least(
             settings.max_length or getattr(verifier.config, "max_position_embeddings", None),
             verifier.growth_limit(lengths),
@@ -140,7 +139,7 @@ class _Generation:
         # Of the rows: the number of the sequence, and its tokens in the verifier's cache.
         self._rows = list(range(batch))
         self._cached: list[int] = []
-        self._limits: list[int] = []  # new tokens of every sequence
+        self._limits = [self._limit(length) for length in lengths]  # new tokens of every sequence
         self._last = torch.empty(0)  # int64 [rows, 1], tokens that the verifier has not read
 
     def steps(self) -> Iterator[list[list[int]]]:
@@ -155,7 +154,6 @@ class _Generation:
         assert output.logits is not None  # noqa: S101
         self._state = output.state
         self._cached = self._state.lengths.tolist()
-        self._limits = [self._limit(length) for length in self._cached]
         greedy = self._settings.sampling.greedy
         uniforms = None if greedy else self._random.uniforms(1, self._rows)
         tokens = self._choose(output.logits[:, -1], uniforms)

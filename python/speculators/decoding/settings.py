@@ -1,4 +1,4 @@
-"""What a caller can choose about a generation, and how prompts are laid out in a batch."""
+"""What a caller can choose about a generation, and how prompts are laid out and checked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speculators.decoding.sampling import GREEDY, Sampling
 from speculators.decoding.trees import Tree
+from speculators.models.verifier import rows
 
 Prompts = Tensor | Sequence[Sequence[int]]
 
@@ -89,7 +90,35 @@ def pad_prompts(
             + "; expected at least one list of at least one token, and a mask for a tensor only"
         )
     width = max(lengths)
-    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    padded = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     if min(lengths) == width:
-        return torch.tensor(rows), None
-    return torch.tensor(rows), torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+        return padded, None
+    return padded, torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+
+
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> list[int]:
+    """Looks at prompts before a model reads them.
+
+    Args:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``, as :func:`pad_prompts` gives it.
+        vocab_size: V, the ids that the verifier knows.
+
+    Returns:
+        How many tokens each prompt has.
+
+    Raises:
+        ValueError: these are no token ids, the padding is not on the left, or an id is not of the
+            vocabulary.
+    """
+    rows.check_token_ids(input_ids)
+    lengths: list[int] = rows.row_lengths(input_ids, attention_mask).tolist()
+    low, high = (int(end) for end in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        found = low if low < 0 else high
+        row = int((input_ids == found).any(1).int().argmax())
+        raise ValueError(
+            f"prompt {row} has token id {found}; expected 0 to {vocab_size - 1}, the verifier's "
+            "vocabulary, also for padding: encode it with the verifier's tokenizer"
+        )
+    return lengths

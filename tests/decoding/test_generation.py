@@ -14,7 +14,7 @@ from tests.models.verifier_models import LAYERS, VOCABULARY, WINDOW
 from torch import Tensor
 
 from speculators.decoding.combined_drafter import CombinedDrafter
-from speculators.decoding.draft_models import Draft, WithSuffix
+from speculators.decoding.draft_models import Draft, Shaped, WithSuffix
 from speculators.decoding.drafters import NgramDrafter
 from speculators.decoding.generation import GenerationOutput, generate, generate_stream
 from speculators.decoding.sampling import Sampling
@@ -322,6 +322,19 @@ def test_wrong_prompts(
         generate(llama.verifier, None, prompts, **options)
 
 
+def test_what_is_no_draft_for_this_verifier(llama: Case) -> None:
+    wrong: Any
+    for wrong in ("ngram", 5, NgramDrafter):
+        with pytest.raises(ValueError, match=r"the draft is .*; expected a draft model .* or None"):
+            generate(llama.verifier, wrong, PROMPTS)
+    draft = make_draft("eagle", llama.verifier)
+    with pytest.raises(ValueError, match="num_draft_tokens is 0; expected at least 1, or None"):
+        Shaped(draft, num_draft_tokens=0)
+    for elsewhere in (draft.to("meta"), Shaped(draft), WithSuffix(draft)):
+        with pytest.raises(ValueError, match="draft is on meta and its verifier on cpu; expected"):
+            generate(llama.verifier, elsewhere, PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -330,6 +343,7 @@ def test_wrong_prompts(
         ({"max_length": -1}, "max_length is -1"),
         ({"draft_sampling": "both"}, "'sample' or 'greedy'"),
         ({"stop_strings": "END"}, "'END'; expected a tuple of strings"),
+        ({"eos_token_ids": 2}, r"eos_token_ids is 2; expected a tuple of token ids: \(2,\)"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:

@@ -42,11 +42,21 @@ class Shaped:
         model: the draft.
         num_draft_tokens: of its chains; None: as the settings or its configuration say.
         tree: the shape of its trees, in place of chains.
+
+    Raises:
+        ValueError: there are fewer than 1 tokens.
     """
 
     model: SpeculatorModel
     num_draft_tokens: int | None = None
     tree: Tree | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the number."""
+        if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
+            raise ValueError(
+                f"num_draft_tokens is {self.num_draft_tokens}; expected at least 1, or None"
+            )
 
 
 Draft = Drafter | SpeculatorModel | Shaped | WithSuffix | None
@@ -56,7 +66,8 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
     """The drafter of a draft: for a model the one that its algorithm's record names.
 
     Raises:
-        ValueError: the model does not fit the verifier, or drafts in a way that is not known.
+        ValueError: this is no draft, or the model does not fit the verifier, lies on another device
+            than it, or drafts in a way that is not known.
     """
     if isinstance(draft, WithSuffix):
         model = drafter_for(draft.model, verifier, dataclasses.replace(settings, tree=None))
@@ -66,7 +77,14 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
         settings = dataclasses.replace(settings, tree=draft.tree)
         draft = draft.model
     if not isinstance(draft, SpeculatorModel):
+        _check_drafter(draft)
         return draft
+    device = next(draft.parameters()).device
+    if device != verifier.device:
+        raise ValueError(
+            f"the draft is on {device} and its verifier on {verifier.device}; expected both on one "
+            f"device: draft.to({str(verifier.device)!r})"
+        )
     if draft.spec.drafting != "chain":
         raise ValueError(
             f"the algorithm {draft.spec.name!r} drafts by {draft.spec.drafting!r}; expected 'chain'"
@@ -75,6 +93,18 @@ def drafter_for(draft: Draft, verifier: Verifier, settings: GenerationSettings) 
     if settings.tree is not None:
         return TreeDrafter(draft, verifier, settings.tree, sampling)
     return ChainDrafter(draft, verifier, sampling)
+
+
+def _check_drafter(draft: object) -> None:
+    if draft is None or (hasattr(draft, "propose") and not isinstance(draft, type)):
+        return
+    plain = isinstance(draft, str | type)
+    found = repr(draft) if plain else f"of type {type(draft).__name__}"
+    raise ValueError(
+        f"the draft is {found}; expected a draft model (SpeculatorModel.from_pretrained reads "
+        "one), Shaped or WithSuffix around one, a drafter such as NgramDrafter() or "
+        "SuffixDrafter(), or None"
+    )
 
 
 def num_draft_tokens(draft: Draft, settings: GenerationSettings) -> int:

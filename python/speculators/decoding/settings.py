@@ -60,6 +60,9 @@ class GenerationSettings:
             raise ValueError(
                 f"draft_sampling is {self.draft_sampling!r}; expected 'sample' or 'greedy'"
             )
+        ids: object = self.eos_token_ids
+        if isinstance(ids, int):
+            raise ValueError(f"eos_token_ids is {ids}; expected a tuple of token ids: ({ids},)")
         stop_strings: object = self.stop_strings
         if isinstance(stop_strings, str):  # else each of its characters would be one
             raise ValueError(f"stop_strings is {stop_strings!r}; expected a tuple of strings")

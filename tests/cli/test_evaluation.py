@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from speculators.cli import evaluation
 from speculators.cli.app import app
 from speculators.evaluation import EvaluationReport
 from speculators.models import SpeculatorModel, find_algorithm
@@ -69,3 +71,32 @@ def test_a_search_for_what_is_given_is_a_mistake(flags: list[str], named: str) -
     assert f"error: --search finds the number of tokens or the tree itself, and {named}" in (
         result.output
     )
+
+
+def test_the_report_of_a_draft_of_the_hub_is_not_written_into_the_hubs_cache(
+    draft: pathlib.Path,
+    prompts: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache/models--someone--small/snapshots/0a1b"
+    shutil.copytree(draft, cache)
+    before = sorted(cache.iterdir())
+    monkeypatch.setattr(evaluation, "local_directory", {"someone/small": cache}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    result = run("someone/small", "--prompts", prompts)
+    assert result.exit_code == 0, result.output
+    assert sorted(cache.iterdir()) == before
+    assert EvaluationReport.read("outputs/small").main == "small"
+    assert f"{tmp_path}/outputs/small/report.md" in result.output
+
+
+def test_the_report_of_a_draft_here_is_beside_it(
+    draft: pathlib.Path, prompts: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    here = tmp_path / "drafts/small"
+    shutil.copytree(draft, here)
+    result = run(here, "ngram", "--prompts", prompts)
+    assert result.exit_code == 0, result.output
+    assert EvaluationReport.read(here).main == "small"
+    assert f"{here}/report.md" in result.output

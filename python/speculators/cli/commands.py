@@ -174,6 +174,8 @@ def evaluate(
     tokens and many trees are tried on some of the prompts, and the fastest is measured on the rest.
 
     With --against-vllm the same prompts go through vLLM, and what it accepts must be the same.
+
+    The report goes to the first draft's folder, or to outputs/NAME for a draft of the Hub.
     """
     with one_line_errors():
         from speculators.cli.evaluation import compare_with_vllm, evaluate_drafts, search_shapes

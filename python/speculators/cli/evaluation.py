@@ -11,6 +11,7 @@ from rich.console import Console
 from speculators.cli.failures import UsageError
 from speculators.cli.progress import ConsoleProgress
 from speculators.cli.recipe import Recipe, VerifierSettings
+from speculators.cli.reports import report_folder
 from speculators.configs.model_config import SpeculatorModelConfig
 from speculators.decoding.draft_models import Shaped, WithSuffix
 from speculators.decoding.suffix_drafter import SuffixDrafter
@@ -36,7 +37,7 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
         recipe: verifier and evaluation settings; without a verifier, the first draft's.
         drafts: folders or Hub names, each with ``"+suffix"`` behind it or without, ``"ngram"`` and
             ``"suffix"``.
-        output: where the report goes; by default the first draft's folder.
+        output: where the report goes; by default the first draft's folder, see ``cli.reports``.
     """
     verifier, models, folders = _load(recipe, drafts)
     suffix = suffix_drafter(recipe, verifier)
@@ -54,7 +55,7 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
     report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
     progress.stop()
     Console().print(table(report))
-    place = output or next(iter(folders.values()), None)
+    place = output or next((report_folder(*item) for item in folders.items()), None)
     if place is not None:
         report.write(place)
         typer.echo(f"{place}/report.md")
@@ -66,7 +67,7 @@ def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | 
     Args:
         recipe: verifier and evaluation settings; without a verifier, the draft's.
         drafts: one folder or Hub name.
-        output: where the report goes; by default the draft's folder.
+        output: where the report goes; by default the draft's folder, see ``cli.reports``.
     """
     if len(drafts) != 1 or _folder(drafts[0]) != drafts[0]:
         raise UsageError(f"got the drafts {list(drafts)}; a search takes one draft model")
@@ -94,7 +95,7 @@ def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | 
     for turn in found.rounds:
         Console().print(table(turn))
     Console().print(table(report))
-    folder = output or next(iter(folders.values()))
+    folder = output or report_folder(drafts[0], folders[drafts[0]])
     report.write(folder)
     # What won on the first prompts need not win on these.
     best, result = max(report.drafters.items(), key=lambda found: found[1].speed.tokens_per_second)
@@ -120,7 +121,7 @@ def compare_with_vllm(
     Args:
         recipe: verifier and evaluation settings; without a verifier, the first draft's.
         drafts: folders or Hub names.
-        output: where the report goes; by default the first draft's folder.
+        output: where the report goes; by default the first draft's folder, see ``cli.reports``.
         python: of the environment with vLLM; None: this one.
         endpoint: a running server instead.
 
@@ -141,7 +142,7 @@ def compare_with_vllm(
         max_new_tokens=settings.max_new_tokens,
     )
     Console().print(contract.table(report))
-    typer.echo(report.write(output or next(iter(folders.values()))))
+    typer.echo(report.write(output or report_folder(drafts[0], folders[drafts[0]])))
     if not report.agrees:
         raise contract.ContractError(
             "vLLM does not accept what our decoder accepts; the report lists where they part"

@@ -109,6 +109,7 @@ def bench(
         _warn(served.warnings)
 
         from speculators.cli.progress import ConsoleProgress
+        from speculators.cli.reports import report_folder
         from speculators.integrations.vllm.bench import report, run
         from speculators.integrations.vllm.serving.command import check_vllm
 
@@ -122,7 +123,7 @@ def bench(
             limit=limit,
             max_new_tokens=max_new_tokens,
             concurrencies=at_a_time,
-            output=output_dir or served.directory,
+            output=output_dir or report_folder(draft, served.directory),
             server_flags=context.args,
             endpoint=endpoint,
             baseline_endpoint=baseline_endpoint,

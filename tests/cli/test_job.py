@@ -16,6 +16,7 @@ from tests.models.verifier_models import BASE, make
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from speculators.cli import commands
 from speculators.cli.app import app
 from speculators.evaluation.report import EvaluationReport
 from speculators.models import SpeculatorModel
@@ -229,6 +230,27 @@ def test_empty_data_and_a_draft_of_another_verifier_are_mistakes(
     assert "the verifier's embedding is [4096, 192]" in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["prepare"], "interrupted; the same command goes on from here"),
+        (["generate"], "interrupted; the same command goes on from here"),
+        (["train"], "interrupted; the same command goes on from here"),
+        (["evaluate", "draft"], "interrupted"),
+    ],
+)
+def test_only_what_can_go_on_says_so(
+    command: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_recipe", interrupted)
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.output == f"error: {says}\n"
+
+
 def test_ctrl_c_ends_with_one_line() -> None:
     program = (
         "import typer\n"
@@ -243,7 +265,7 @@ def test_ctrl_c_ends_with_one_line() -> None:
     command = [sys.executable, "-c", program]
     process = subprocess.run(command, check=False, capture_output=True, text=True)
     assert process.returncode == 1
-    assert process.stderr == "error: interrupted; the same command goes on from here\n"
+    assert process.stderr == "error: interrupted\n"
 
 
 def test_a_killed_job_ends_as_one_that_was_not(

@@ -65,7 +65,7 @@ def train(
     held-out prompts with and without the draft. What is there already is used again if it fits.
     Without a verifier it takes the small one that comes with the sources.
     """
-    with one_line_errors():
+    with one_line_errors(goes_on=True):
         job = _job(
             context, algo, verifier, data, recipe, output_dir, data_dir, overwrite, init_from
         )
@@ -86,7 +86,7 @@ def prepare(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn conversations, texts or token ids into token ids and loss masks."""
-    with one_line_errors():
+    with one_line_errors(goes_on=True):
         _job(context, None, verifier, data, recipe, output_dir, data_dir, overwrite).prepare()
 
 
@@ -103,7 +103,7 @@ def generate(
     overwrite: Overwrite = False,
 ) -> None:
     """Let the verifier read, or answer, what was prepared, and keep its hidden states."""
-    with one_line_errors():
+    with one_line_errors(goes_on=True):
         if regenerate is not None:
             context.args.append(f"--generate.regenerate={str(regenerate).lower()}")
         _job(context, algo, verifier, None, recipe, output_dir, data_dir, overwrite).generate()

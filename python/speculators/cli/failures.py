@@ -10,16 +10,20 @@ USAGE, FAILURE = 2, 1
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(*, goes_on: bool = False) -> Iterator[None]:
     """Ends the command with a line, not a traceback, for errors that tell the user what to do.
 
     Others keep their traceback: they are ours, and a report needs it. ``SPECULATORS_TRACEBACK=1``
     shows it always.
+
+    Args:
+        goes_on: whether the same command takes up what an interrupted one left.
     """
     try:
         yield
     except KeyboardInterrupt:
-        _end("interrupted; the same command goes on from here", FAILURE)
+        again = "; the same command goes on from here" if goes_on else ""
+        _end(f"interrupted{again}", FAILURE)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:

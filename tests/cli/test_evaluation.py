@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from speculators.cli import evaluation
 from speculators.cli.app import app
+from speculators.cli.job import Job
 from speculators.evaluation import EvaluationReport
 from speculators.models import SpeculatorModel, find_algorithm
 from speculators.models.verifier import UnsupportedVerifierError, Verifier
 
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 TINY = pathlib.Path("examples/tiny_verifier/model").absolute()
 
 
@@ -100,3 +102,42 @@ def test_the_report_of_a_draft_here_is_beside_it(
     assert result.exit_code == 0, result.output
     assert EvaluationReport.read(here).main == "small"
     assert f"{here}/report.md" in result.output
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rich takes for a terminal, on which it draws bars and hides the cursor."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_failure_takes_the_bar_away_and_gives_the_cursor_back(
+    draft: pathlib.Path, prompts: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("speculators.evaluation.evaluate.take_turns", failing)
+    for search in ([], ["--search"]):
+        result = run(draft, "--prompts", prompts, *search)
+        assert result.exit_code == 1
+        assert "error: planted" in result.output
+        assert result.output.count(HIDE_CURSOR) == result.output.count(SHOW_CURSOR) > 0
+
+
+@pytest.mark.usefixtures("terminal")
+def test_so_does_a_stage_that_fails(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(job: Job, **_: Any) -> None:
+        job.progress.start(3, "a stage")
+        raise RuntimeError("planted")
+
+    for stage in ("prepare", "generate", "train"):
+        monkeypatch.setattr(Job, "prepare" if stage == "train" else stage, failing)
+        words = [stage, f"--verifier={TINY}", f"--output-dir={tmp_path}"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1
+        assert "error: planted" in result.output
+        assert result.output.count(HIDE_CURSOR) == result.output.count(SHOW_CURSOR) == 1

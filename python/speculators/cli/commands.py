@@ -4,8 +4,9 @@ All of them take the same recipe, so a stage that is run alone finds what the ot
 that have no flag of their own are given by their dotted name: ``--training.epochs=3``.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -65,10 +66,12 @@ def train(
     held-out prompts with and without the draft. What is there already is used again if it fits.
     Without a verifier it takes the small one that comes with the sources.
     """
-    with one_line_errors(goes_on=True):
-        job = _job(
+    with (
+        one_line_errors(goes_on=True),
+        _job(
             context, algo, verifier, data, recipe, output_dir, data_dir, overwrite, init_from
-        )
+        ) as job,
+    ):
         job.prepare()
         job.generate()
         job.train(resume=resume)
@@ -86,8 +89,11 @@ def prepare(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn conversations, texts or token ids into token ids and loss masks."""
-    with one_line_errors(goes_on=True):
-        _job(context, None, verifier, data, recipe, output_dir, data_dir, overwrite).prepare()
+    with (
+        one_line_errors(goes_on=True),
+        _job(context, None, verifier, data, recipe, output_dir, data_dir, overwrite) as job,
+    ):
+        job.prepare()
 
 
 def generate(
@@ -106,7 +112,8 @@ def generate(
     with one_line_errors(goes_on=True):
         if regenerate is not None:
             context.args.append(f"--generate.regenerate={str(regenerate).lower()}")
-        _job(context, algo, verifier, None, recipe, output_dir, data_dir, overwrite).generate()
+        with _job(context, algo, verifier, None, recipe, output_dir, data_dir, overwrite) as job:
+            job.generate()
 
 
 def evaluate(
@@ -240,6 +247,7 @@ def _recipe(
     return read_recipe(file, {**flags, **parse_flags(context.args)})
 
 
+@contextlib.contextmanager
 def _job(
     context: typer.Context,
     algo: str | None,
@@ -250,14 +258,19 @@ def _job(
     data_dir: pathlib.Path | None,
     overwrite: bool,
     init_from: str | None = None,
-) -> Any:
+) -> Iterator[Any]:
+    """The job; at the end its progress is taken away, lest the terminal stay without a cursor."""
     recipe = _recipe(context, algo, verifier, data, file, {"init_from": init_from})
     from speculators.cli.job import Folders, Job
     from speculators.cli.progress import ConsoleProgress
 
     output = (output_dir or pathlib.Path("outputs") / recipe.algorithm).absolute()
     folders = Folders(output, (data_dir or output / "data").absolute())
-    return Job(recipe, folders, ConsoleProgress(), overwrite=overwrite)
+    progress = ConsoleProgress()
+    try:
+        yield Job(recipe, folders, progress, overwrite=overwrite)
+    finally:
+        progress.stop()
 
 
 def _print(report: Any, job: Any) -> None:
@@ -265,6 +278,5 @@ def _print(report: Any, job: Any) -> None:
 
     from speculators.evaluation.report import table
 
-    job.progress.stop()
     Console().print(table(report))
     typer.echo(f"{job.folders.output}/report.md")

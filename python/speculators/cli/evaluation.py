@@ -53,7 +53,6 @@ def evaluate_drafts(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path 
     drafters |= trees(recipe, verifier, drafters)
     progress = ConsoleProgress()
     report = measure(verifier, drafters, _prompts(recipe, verifier), recipe, progress)
-    progress.stop()
     Console().print(table(report))
     place = output or next((report_folder(*item) for item in folders.items()), None)
     if place is not None:
@@ -91,7 +90,6 @@ def search_shapes(recipe: Recipe, drafts: Sequence[str], output: pathlib.Path | 
     report = measure(
         verifier, {f"{name}, {found.name}": found.draft, name: model}, kept, recipe, progress
     )
-    progress.stop()
     for turn in found.rounds:
         Console().print(table(turn))
     Console().print(table(report))
@@ -158,23 +156,26 @@ def measure(
     *,
     compare_transformers: bool = True,
 ) -> EvaluationReport:
-    """Runs the evaluation that a recipe asks for."""
+    """Runs the evaluation that a recipe asks for; however it ends, its progress is taken away."""
     settings = recipe.evaluate
-    return evaluate(
-        verifier,
-        drafters,
-        prompts,
-        k=settings.k,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        temperature=settings.temperature,
-        seed=recipe.seed,
-        repeats=settings.repeats,
-        compare_transformers=compare_transformers,
-        verifier_name=_from_here(str(verifier.model.name_or_path)),
-        command=sys.argv,
-        progress=progress,
-    )
+    try:
+        return evaluate(
+            verifier,
+            drafters,
+            prompts,
+            k=settings.k,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            temperature=settings.temperature,
+            seed=recipe.seed,
+            repeats=settings.repeats,
+            compare_transformers=compare_transformers,
+            verifier_name=_from_here(str(verifier.model.name_or_path)),
+            command=sys.argv,
+            progress=progress,
+        )
+    finally:
+        progress.stop()
 
 
 def trees(

@@ -1,17 +1,20 @@
-"""``speculators evaluate``: what a search tries, where reports go, and how it ends when it fails."""
+"""``speculators evaluate``: what a search tries, where reports go, and how failures end."""
 
 import json
 import pathlib
 import shutil
+import types
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from speculators.cli import evaluation
+from speculators.cli import evaluation, job
 from speculators.cli.app import app
-from speculators.cli.job import Job
+from speculators.cli.job import Folders, Job
+from speculators.cli.progress import ConsoleProgress
+from speculators.cli.recipe import read_recipe
 from speculators.evaluation import EvaluationReport
 from speculators.models import SpeculatorModel, find_algorithm
 from speculators.models.verifier import UnsupportedVerifierError, Verifier
@@ -130,8 +133,8 @@ def test_a_failure_takes_the_bar_away_and_gives_the_cursor_back(
 def test_so_does_a_stage_that_fails(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(job: Job, **_: Any) -> None:
-        job.progress.start(3, "a stage")
+    def failing(some: Job, **_: Any) -> None:
+        some.progress.start(3, "a stage")
         raise RuntimeError("planted")
 
     for stage in ("prepare", "generate", "train"):
@@ -141,3 +144,25 @@ def test_so_does_a_stage_that_fails(
         assert result.exit_code == 1
         assert "error: planted" in result.output
         assert result.output.count(HIDE_CURSOR) == result.output.count(SHOW_CURSOR) == 1
+
+
+@pytest.mark.parametrize(
+    ("positions", "longest"), [({"max_position_embeddings": 30}, 10), ({}, 99)]
+)
+def test_prompts_that_training_held_back_are_as_long_as_the_verifier_takes(
+    positions: dict[str, int], longest: int, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    lengths = [99, 10, 11, 5]
+
+    def begun(_: Any, documents: list[int], count: int, max_tokens: int) -> list[list[int]]:
+        assert count == len(documents)
+        return [[7] * lengths[n] for n in documents if lengths[n] <= max_tokens]
+
+    monkeypatch.setattr("speculators.data.store.HiddenStateStore.open", lambda *_, **__: None)
+    monkeypatch.setattr(job, "documents_of", lambda *_: ([], list(range(len(lengths)))))
+    monkeypatch.setattr(job, "validation_prompts", begun)
+    config = types.SimpleNamespace(**positions)
+    monkeypatch.setattr(Job, "verifier", types.SimpleNamespace(config=config))
+    flags = {"verifier.path": "x", "evaluate.max_new_tokens": 20, "evaluate.limit": None}
+    some = Job(read_recipe(None, flags), Folders(tmp_path, tmp_path), ConsoleProgress())
+    assert max(len(prompt.ids) for prompt in some._held_back_prompts()) == longest

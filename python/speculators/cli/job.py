@@ -12,6 +12,7 @@ the folders between them::
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -263,7 +264,8 @@ class Job:
         store = HiddenStateStore.open(self.folders.hidden_states, layer_ids=())
         _, documents = documents_of(store, self.recipe.training)
         settings = self.recipe.evaluate
-        context = self.verifier.config.max_position_embeddings - settings.max_new_tokens
+        positions = getattr(self.verifier.config, "max_position_embeddings", None)
+        context = (positions or sys.maxsize) - settings.max_new_tokens
         count = settings.limit or len(documents)
         found = validation_prompts(store, documents, count, max(1, context))
         if not found:

@@ -118,6 +118,14 @@ inline __device__ TokenPair token_pair(float z, float log_p, float max, float lo
   return {expf(log_p), expf(log_q), log_p, log_q};
 }
 
+// NaN if either is, unlike fminf, which would take a NaN for a perfect match.
+inline __device__ float smaller_of(float a, float b) { return a < b || a != a ? a : b; }
+
+// Stays NaN, unlike with fmaxf.
+inline __device__ float bounded_log_p_of(const TokenPair& token) {
+  return token.log_p < kMinLogP ? kMinLogP : token.log_p;
+}
+
 inline __device__ float sign_of(float x) { return (x > 0 ? 1.0f : 0.0f) - (x < 0 ? 1.0f : 0.0f); }
 
 inline __device__ float openness_of(const TokenPair& token) {
@@ -132,7 +140,7 @@ inline __device__ float log_share_of(float x, float y) {
 
 inline __device__ void add_token(const TokenPair& token, const RowNeeds& needs,
                                  RowSums<float>* sums) {
-  const float bounded = fmaxf(token.log_p, kMinLogP);
+  const float bounded = bounded_log_p_of(token);
   sums->p += token.p;
   if (needs.cross_entropy) sums->p_log_q += token.p * token.log_q;
   if (needs.kl) sums->kl += token.p * (bounded - token.log_q);
@@ -146,7 +154,7 @@ inline __device__ void add_token(const TokenPair& token, const RowNeeds& needs,
     sums->signed_q += token.q * sign_of(token.q - token.p);
   }
   if (needs.overlap) {
-    const float overlap = fminf(token.p, token.q);
+    const float overlap = smaller_of(token.p, token.q);
     sums->overlap += overlap;
     sums->open_overlap += overlap * openness_of(token);
   }
@@ -154,7 +162,7 @@ inline __device__ void add_token(const TokenPair& token, const RowNeeds& needs,
 
 // min(p, q) exp(-shift).
 inline __device__ float shifted_overlap_of(const TokenPair& token, float shift) {
-  return expf(fminf(token.log_p, token.log_q) - shift);
+  return expf(smaller_of(token.log_p, token.log_q) - shift);
 }
 
 inline __device__ float gradient_of(const TokenPair& token, const RowTerms<float>& terms,
@@ -162,7 +170,7 @@ inline __device__ float gradient_of(const TokenPair& token, const RowTerms<float
   float g = terms.on_p * token.p - terms.total * token.q;
   if (terms.on_signed_q != 0) g += terms.on_signed_q * token.q * sign_of(token.q - token.p);
   if (terms.on_rkl != 0) {
-    g += terms.on_rkl * token.q * (token.log_q - fmaxf(token.log_p, kMinLogP) + 1);
+    g += terms.on_rkl * token.q * (token.log_q - bounded_log_p_of(token) + 1);
   }
   if (terms.on_jsd != 0) g += terms.on_jsd * token.q * log_share_of(token.q, token.p);
   if (terms.on_overlap != 0) {
@@ -197,6 +205,7 @@ inline __device__ PlacesOfRow places_of(const RowLossCall& call, int64_t row, in
     DEVICE_CHECK(places[number] >= least && places[number] < call.width,
                  "distillation_loss: top, likeliest or data_tokens has an index out of range");
   }
+  __syncthreads();  // every thread will read at places that another one has checked
   return places;
 }
 
@@ -289,7 +298,7 @@ __device__ inline float overlap_in_log_space(const RowTokens<T>& tokens, RowSums
   float my_shift = -INFINITY;
   for (int i = threadIdx.x; i < tokens.width; i += blockDim.x) {
     const TokenPair token = tokens[i];
-    my_shift = fmaxf(my_shift, fminf(token.log_p, token.log_q));
+    my_shift = fmaxf(my_shift, smaller_of(token.log_p, token.log_q));
   }
   const float shift = max_block(my_shift, partial);
   float overlap = 0;
@@ -374,12 +383,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
       const TokenPair token = tokens[i];
       add_token(token, needs, &mine);
-      my_alpha += fminf(coverage * token.p, token.q);
+      my_alpha += smaller_of(coverage * token.p, token.q);
     }
     const float alpha = add_block<kBug>(my_alpha, partial);
     if (threadIdx.x == 0) {
       const int guess = softmax.index < width ? softmax.index : 0;  // if all of them are NaN
-      call.alpha[r] = fminf(alpha, 1);
+      call.alpha[r] = alpha > 1 ? 1 : alpha;
       call.greedy_acceptance[r] = coverage * expf(tokens.log_p[guess]);
       call.agreement[r] = guess == call.best[target];
       call.in_vocabulary[r] = call.best[target] >= 0;

@@ -125,16 +125,18 @@ inline RowLossArguments check_row_loss_arguments(const torch::stable::Tensor& lo
   const auto with_contiguous_rows = [&](const torch::stable::Tensor& tensor) {
     return checker.keep(rows_are_contiguous(tensor) ? tensor : torch::stable::contiguous(tensor));
   };
-  const torch::stable::Tensor from = with_contiguous_rows(logits);
-  call.logits = from.const_data_ptr();
-  call.logits_stride = from.stride(0);
   if (gradient.has_value()) {
     const torch::stable::Tensor to = checker.keep(*gradient);
-    STD_TORCH_CHECK(rows_are_contiguous(to),
-                    "distillation_loss: the rows of what takes the gradient must be contiguous");
+    const bool apart = to.stride(0) >= to.size(1) || to.size(0) <= 1;
+    STD_TORCH_CHECK(rows_are_contiguous(to) && apart,
+                    "distillation_loss: the rows of what takes the gradient must be contiguous and "
+                    "must not overlap");
     call.gradient = to.mutable_data_ptr();
     call.gradient_stride = to.stride(0);
   }
+  const torch::stable::Tensor from = with_contiguous_rows(logits);
+  call.logits = from.const_data_ptr();
+  call.logits_stride = from.stride(0);
   checker.expect(inputs.log_p, "log_p", ScalarType::Float, {call.num_targets, call.width});
   const torch::stable::Tensor log_p = with_contiguous_rows(inputs.log_p);
   call.log_p = log_p.const_data_ptr<float>();

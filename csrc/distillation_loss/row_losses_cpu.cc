@@ -60,7 +60,8 @@ SPECULATORS_INLINE float bounded_log_p(const Row& row, int64_t i) {
   return row.log_p[i] < kMinLogP ? kMinLogP : row.log_p[i];
 }
 
-SPECULATORS_INLINE float smaller(float a, float b) { return a < b ? a : b; }
+// NaN if either is: it must not pass for a perfect match.
+SPECULATORS_INLINE float smaller(float a, float b) { return a < b || a != a ? a : b; }
 
 // 2 x / (x + y), so guarded that it is 1 or less where both are 0.
 SPECULATORS_INLINE float share(float x, float y) {

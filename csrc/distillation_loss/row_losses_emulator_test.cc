@@ -104,6 +104,11 @@ TEST(a_logit_that_is_not_a_number_shows) {
   EXPECT_TRUE(std::isnan(c.gradient(1, 0)));
 }
 
+TEST(what_is_no_number_is_no_acceptance) {
+  EXPECT_TRUE(
+      speculators::what_is_no_number_shows([](const RowLossCall& call) { run(call, 1, 0); }));
+}
+
 void run_with(void (*spoil)(RowLossCase&)) {
   RowLossCase c({2, 5, 1, false, GradientPlace::kNone, kEveryLoss}, 6);
   spoil(c);
@@ -116,6 +121,16 @@ TEST(an_index_out_of_range_stops_the_kernel) {
   EXPECT_THROWS(run_with([](RowLossCase& c) { c.likeliest[0] = 5; }), "top, likeliest or data");
   EXPECT_THROWS(run_with([](RowLossCase& c) { c.top[2] = -1; }), "top, likeliest or data");
   EXPECT_THROWS(run_with([](RowLossCase& c) { c.data_tokens[0] = 5; }), "top, likeliest or data");
+}
+
+TEST(no_thread_reads_at_a_place_before_another_has_checked_it) {
+  LossFactors ce_argmax = {};
+  ce_argmax.ce_argmax = 1;  // without topk, whose sum is a barrier by itself
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    RowLossCase c({1, 5, 1, false, GradientPlace::kNone, ce_argmax}, 6);
+    c.likeliest[0] = int64_t{1} << 40;
+    EXPECT_THROWS(run(c.call, 1, seed), "top, likeliest or data");
+  }
 }
 
 // Runs the first shapes with a bug; returns whether nobody noticed.

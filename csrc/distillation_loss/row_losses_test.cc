@@ -127,6 +127,11 @@ TEST(a_logit_that_is_not_a_number_shows) {
   EXPECT_TRUE(std::isnan(c.gradient(1, 0)));
 }
 
+TEST(what_is_no_number_is_no_acceptance) {
+  EXPECT_TRUE(speculators::what_is_no_number_shows(
+      [](const RowLossCall& call) { row_losses_cpu(call, 0, call.num_rows); }));
+}
+
 std::string named(void (*spoil)(RowLossCase&)) {
   RowLossCase c({3, 5, 2, false, GradientPlace::kNone, kEveryLoss}, 6);
   spoil(c);

@@ -257,4 +257,34 @@ class RowLossCase {
   std::vector<uint16_t> half_, half_gradient_;
 };
 
+// Whether what is no number shows: acceptance and each loss by itself are NaN in the row whose
+// logit or target is spoilt, and in no other. `run` computes a call.
+template <typename Run>
+bool what_is_no_number_shows(const Run& run) {
+  bool right = true;
+  const auto expect = [&](int number, const char* what, auto spoil) {
+    LossFactors factors = {};
+    reinterpret_cast<float*>(&factors)[number] = 1;
+    RowLossCase c({2, 40, 2, false, GradientPlace::kNone, factors}, 5);
+    for (int64_t row = 0; row < 2; ++row) c.positions[row] = c.data_tokens[row] = row;
+    spoil(c);
+    run(c.call);
+    if (std::isfinite(c.alpha[0]) && std::isfinite(c.loss[0]) && std::isnan(c.alpha[1]) &&
+        std::isnan(c.loss[1])) {
+      return;
+    }
+    std::printf("loss %d, %s: alpha %g and %g, loss %g and %g\n", number, what, c.alpha[0],
+                c.alpha[1], c.loss[0], c.loss[1]);
+    right = false;
+  };
+  for (int number = 0; number < kNumLosses; ++number) {
+    expect(number, "a logit is NaN", [](RowLossCase& c) { c.set_logit(1, 18, NAN); });
+    expect(number, "a logit is infinite", [](RowLossCase& c) { c.set_logit(1, 18, INFINITY); });
+    if (number == 4 || number == 5) continue;  // ce_argmax and ce_data do not read p
+    expect(number, "p is NaN",
+           [](RowLossCase& c) { std::fill(c.log_p.begin() + 40, c.log_p.end(), NAN); });
+  }
+  return right;
+}
+
 }  // namespace speculators

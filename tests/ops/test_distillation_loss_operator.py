@@ -190,6 +190,40 @@ def test_one_weight_for_all_rows(name: str, weight: float | Tensor) -> None:
     assert not rows.loss.requires_grad
 
 
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_weights_of_any_dtype(name: str, dtype: torch.dtype, device: str) -> None:
+    case = make_case(EVERY, device=device)
+    case.weights = (case.weights * 4).to(dtype)
+    compiled = backend.choose(device).backend
+    with backend.forced(compiled if name == "compiled" else Backend.REFERENCE):
+        buffer = case.logits.clone()
+        rows = row_losses_and_gradient_(buffer, case.target, EVERY, **case.options())
+    case.assert_close(rows, buffer)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("spoilt", ["draft", "target"])
+def test_what_is_no_number_is_no_acceptance(
+    name: str, value: float, spoilt: str, device: str
+) -> None:
+    case = make_case({name: 1.0}, rows=3, width=600, restricted=False, device=device)
+    if spoilt == "draft":
+        case.logits[1, 17] = value
+    else:
+        logits = case.target.log_p.clone()
+        logits[1, 17] = value
+        case.target = target_distribution(logits)
+    rows, _ = case.exact()
+    found = row_losses_and_gradient_(case.logits, case.target, case.losses, **case.options())
+    assert rows.alpha.isnan().tolist() == [False, True, False]
+    for field in ("loss", "alpha"):
+        torch.testing.assert_close(
+            getattr(found, field).isnan(), getattr(rows, field).isnan(), msg=field.format
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_logits(dtype: torch.dtype, device: str) -> None:
     case = make_case(EVERY, dtype=dtype, device=device)
@@ -332,6 +366,7 @@ def test_what_the_operator_does_not_take_goes_to_the_definition() -> None:
         ({"data_tokens": torch.zeros(7)}, TypeError, "data_tokens is torch.float32"),
         ({"draft_logits": torch.zeros(7, 36)}, ValueError, r"\[7, 36\], expected \[7, 37\]"),
         ({"draft_logits": torch.zeros(6, 37)}, ValueError, r"\[6, 37\], expected \[7, 37\]"),
+        ({"draft_logits": torch.zeros(37).expand(7, 37)}, ValueError, "rows of 37 .* lie 0 apart"),
         ({"losses": {"ce_data": 1.0}}, ValueError, "needs data_tokens"),
     ],
 )
@@ -369,6 +404,8 @@ FAR = torch.tensor([0, 3])
         ({"logits": torch.zeros(2, 0)}, "logits must have the shape"),
         ({"logits": torch.zeros(3, 3)}, "as many rows as logits"),
         ({"logits": torch.zeros(3, 2).t()}, "must be contiguous"),
+        ({"logits": torch.zeros(3).expand(2, 3)}, "must not overlap"),
+        ({"logits": torch.zeros(5).unfold(0, 3, 2)}, "must not overlap"),
         ({"log_p": torch.zeros(2, 4)}, r"log_p must have the shape \[2, 3\]"),
         ({"log_p": torch.zeros(2, 3).double()}, "log_p must be float32"),
         ({"coverage": torch.ones(1)}, r"coverage must have the shape \[2\]"),

@@ -186,7 +186,7 @@ def row_losses_and_gradient_(
         The same as ``row_losses``, all of it without gradient.
 
     Raises:
-        ValueError: as ``row_losses``.
+        ValueError: as ``row_losses``, or the logits' rows overlap.
         TypeError: as ``row_losses``, or ``positions`` are not int64.
         IndexError: a position is out of range (on CPU).
     """
@@ -194,10 +194,17 @@ def row_losses_and_gradient_(
     check_logits("draft_logits", draft_logits)
     row_weights = _row_weights(draft_logits, weights)
     _check_shapes(draft_logits, target, positions, data_tokens, row_weights)
-    contiguous_rows = draft_logits.stride(1) == 1 or draft_logits.shape[1] == 1
+    rows, width = draft_logits.shape
+    contiguous_rows = draft_logits.stride(1) == 1 or width == 1
+    if contiguous_rows and draft_logits.stride(0) < width and rows > 1:
+        raise ValueError(
+            f"draft_logits has rows of {width} logits that lie {draft_logits.stride(0)} apart, "
+            "expected rows that do not overlap, since each is overwritten; clone it first"
+        )
     if contiguous_rows and serves(draft_logits, target, losses, top_k):
+        weights = row_weights.float()
         inputs = RowLossInputs(
-            target, losses, positions, data_tokens, row_weights, top_k, mask_out_of_vocabulary
+            target, losses, positions, data_tokens, weights, top_k, mask_out_of_vocabulary
         )
         return RowLosses(*compiled_row_losses_(draft_logits, inputs))
     logits = draft_logits.detach().requires_grad_()
@@ -318,7 +325,7 @@ def _check_shapes(
 
 
 def _row_weights(draft_logits: Tensor, weights: float | Tensor) -> Tensor:
-    """The weights as float32 ``[R]``; a tensor of another shape than ``[]`` is left to a check."""
+    """The weights as float32 or float64 ``[R]``; a shape but for ``[]`` is left to a check."""
     if not isinstance(weights, Tensor):
         return draft_logits.new_full(draft_logits.shape[:1], weights, dtype=torch.float32)
     weights = weights.detach().to(torch.promote_types(weights.dtype, torch.float32))

@@ -208,6 +208,16 @@ def test_the_sums_are_those_of_the_rows() -> None:
             assert not found.requires_grad
 
 
+def test_no_list_is_copied_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that waits for all that is enqueued before it."""
+    case = make_case()
+    with monkeypatch.context() as patched:
+        patched.delattr(torch, "tensor")
+        result = case.run(5)
+    assert result.rows.dtype == torch.int64
+    assert result.rows.tolist() == [14, 0, 31]
+
+
 def test_a_frozen_head_passes_the_gradient_on() -> None:
     case = make_case()
     case.draft_head.requires_grad_(False)

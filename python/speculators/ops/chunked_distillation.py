@@ -233,7 +233,9 @@ class _Walk:
         inputs = [*self.parameters, *(self.steps[k].head_input for k in self.input_gradients)]
         gradients = [*self.parameter_gradients, *self.input_gradients.values()]
         gradients = [g.to(tensor.dtype) for g, tensor in zip(gradients, inputs, strict=True)]
-        rows = [len(step.draft_rows) for step in self.steps]
+        # Filled on the device: a list that is copied there would wait for all that is enqueued.
+        device = self.loss.device
+        rows = [torch.full((), len(step.draft_rows), device=device) for step in self.steps]
         loss_sum, alpha_sum, greedy_sum, agreement_sum, in_vocabulary_sum = self.sums_KN.unbind(1)
         return ChunkedLoss(
             loss=with_gradient(self.loss.to(dtype), inputs, gradients),
@@ -242,7 +244,7 @@ class _Walk:
             greedy_acceptance_sum=greedy_sum,
             agreement_sum=agreement_sum,
             in_vocabulary_sum=in_vocabulary_sum,
-            rows=torch.tensor(rows, device=self.loss.device),
+            rows=torch.stack(rows),
         )
 
 

@@ -73,6 +73,14 @@ void draft_merge_backward_cpu(const DraftMergeCall& call, int64_t begin, int64_t
 // The largest D of the CUDA kernels.
 inline constexpr int64_t kMaxCudaHeadSize = 256;
 
+// The most pairs of a later step and a query head of one key head: in backward, each has 8 bytes of
+// a block's shared memory, of which there are 48 KiB.
+inline constexpr int64_t kMaxCudaPairs = 6144;
+
+inline int64_t num_pairs(const DraftMergeCall& call) {
+  return call.query_heads / call.key_heads * call.num_diagonals;
+}
+
 // Enqueues the whole call on `stream` (a cudaStream_t) and returns a cudaError_t as int. All
 // pointers are device memory.
 int draft_merge_cuda(const DraftMergeCall& call, void* stream);

@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,13 +23,30 @@ struct DraftMergeArguments {
   std::vector<torch::stable::Tensor> kept;  // keeps alive what `call` points to
 };
 
+// Whether no two elements can be the same memory: from the smallest stride on, each steps over all
+// that the ones before it reach.
+inline bool elements_are_apart(const torch::stable::Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) == 0) return true;
+    if (tensor.size(i) > 1) dimensions.emplace_back(tensor.stride(i), tensor.size(i));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t farthest = 0;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride <= farthest) return false;
+    farthest += (size - 1) * stride;
+  }
+  return true;
+}
+
 class DraftMergeChecker {
  public:
   DraftMergeChecker(const torch::stable::Tensor& query, DraftMergeArguments* arguments)
       : query_(query), arguments_(arguments) {}
 
   // [batch, heads, rows, D] of the query's dtype, any strides. What is written must have its
-  // vectors contiguous; of what is only read a copy is made that has.
+  // vectors contiguous and apart; of what is only read a copy is made if they are not contiguous.
   HeadRows read(const torch::stable::Tensor& tensor, const std::string& name, int64_t heads) {
     expect(tensor, name, {query_.size(0), heads, query_.size(2), query_.size(3)},
            query_.scalar_type());
@@ -42,14 +59,14 @@ class DraftMergeChecker {
            query_.scalar_type());
     STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.size(3) <= 1, "draft_attention_merge: ", name,
                     " must be contiguous in its last dimension");
-    return rows_of(tensor);
+    return written_rows_of(tensor, name);
   }
 
   // float32 [batch, heads, rows], any strides.
-  HeadRows logsumexp(const torch::stable::Tensor& tensor) {
+  HeadRows logsumexp(const torch::stable::Tensor& tensor, bool is_written) {
     expect(tensor, "logsumexp", {query_.size(0), query_.size(1), query_.size(2)},
            torch::headeronly::ScalarType::Float);
-    return rows_of(tensor);
+    return is_written ? written_rows_of(tensor, "logsumexp") : rows_of(tensor);
   }
 
  private:
@@ -73,14 +90,21 @@ class DraftMergeChecker {
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   }
 
+  HeadRows written_rows_of(const torch::stable::Tensor& tensor, const std::string& name) {
+    STD_TORCH_CHECK(elements_are_apart(tensor), "draft_attention_merge: ", name,
+                    " must not overlap itself");
+    HeadRows rows = rows_of(tensor);
+    rows.data = tensor.mutable_data_ptr();  // a copy of its own, if it was shared until written
+    return rows;
+  }
+
   const torch::stable::Tensor& query_;
   DraftMergeArguments* arguments_;
 };
 
-// What both directions take, but for the output, which one of them writes.
+// What both directions take, but for the output and the logsumexp, which one of them writes.
 inline DraftMergeArguments check_draft_merge_arguments(
-    const torch::stable::Tensor& logsumexp, const torch::stable::Tensor& query,
-    const std::vector<torch::stable::Tensor>& keys,
+    const torch::stable::Tensor& query, const std::vector<torch::stable::Tensor>& keys,
     const std::vector<torch::stable::Tensor>& values, double scale) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(
@@ -111,7 +135,6 @@ inline DraftMergeArguments check_draft_merge_arguments(
     call.keys[i] = checker.read(keys[i], "keys[" + std::to_string(i) + "]", call.key_heads);
     call.values[i] = checker.read(values[i], "values[" + std::to_string(i) + "]", call.key_heads);
   }
-  call.logsumexp = checker.logsumexp(logsumexp);
   return arguments;
 }
 
@@ -120,9 +143,10 @@ template <void (*kRun)(const DraftMergeArguments&)>
 void draft_attention_merge(torch::stable::Tensor output, torch::stable::Tensor logsumexp,
                            torch::stable::Tensor query, std::vector<torch::stable::Tensor> keys,
                            std::vector<torch::stable::Tensor> values, double scale) {
-  DraftMergeArguments arguments =
-      check_draft_merge_arguments(logsumexp, query, keys, values, scale);
-  arguments.call.output = DraftMergeChecker(query, &arguments).written(output, "output");
+  DraftMergeArguments arguments = check_draft_merge_arguments(query, keys, values, scale);
+  DraftMergeChecker checker(query, &arguments);
+  arguments.call.logsumexp = checker.logsumexp(logsumexp, true);
+  arguments.call.output = checker.written(output, "output");
   kRun(arguments);
 }
 
@@ -132,10 +156,10 @@ torch::stable::Tensor draft_attention_merge_backward(
     torch::stable::Tensor output, torch::stable::Tensor logsumexp, torch::stable::Tensor query,
     std::vector<torch::stable::Tensor> keys, std::vector<torch::stable::Tensor> values,
     double scale) {
-  DraftMergeArguments arguments =
-      check_draft_merge_arguments(logsumexp, query, keys, values, scale);
+  DraftMergeArguments arguments = check_draft_merge_arguments(query, keys, values, scale);
   DraftMergeChecker checker(query, &arguments);
   DraftMergeCall& call = arguments.call;
+  call.logsumexp = checker.logsumexp(logsumexp, false);
   call.output = checker.read(output, "output", call.query_heads);
   call.grad_output = checker.read(grad_output, "grad_output", call.query_heads);
   call.grad_query = checker.written(grad_query, "grad_query");

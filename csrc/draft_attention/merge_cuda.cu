@@ -58,8 +58,8 @@ int draft_merge_cuda(const DraftMergeCall& call, void* stream) {
 }
 
 int draft_merge_backward_cuda(const DraftMergeCall& call, void* stream) {
-  const int64_t pairs = call.query_heads / call.key_heads * call.num_diagonals;
-  return launch(kernels_of(call).backward, call, pairs * int64_t{sizeof(MergeFactors)},
+  static_assert(kMaxCudaPairs * sizeof(MergeFactors) <= kMaxSharedBytes);
+  return launch(kernels_of(call).backward, call, num_pairs(call) * int64_t{sizeof(MergeFactors)},
                 static_cast<cudaStream_t>(stream));
 }
 

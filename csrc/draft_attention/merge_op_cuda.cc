@@ -14,6 +14,9 @@ void run_on_cuda(const DraftMergeArguments& arguments) {
   STD_TORCH_CHECK(arguments.call.head_size <= kMaxCudaHeadSize,
                   "draft_attention_merge: on CUDA a head has at most ", kMaxCudaHeadSize,
                   " elements");
+  STD_TORCH_CHECK(num_pairs(arguments.call) <= kMaxCudaPairs,
+                  "draft_attention_merge: on CUDA there are at most ", kMaxCudaPairs,
+                  " pairs of a later step and a query head of one key head");
   const auto device = arguments.kept.front().get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

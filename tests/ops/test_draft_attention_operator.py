@@ -7,8 +7,9 @@ import torch
 from tests.ops.test_draft_attention import MIXED, RISING, Case, definition, make_case, real_rows
 from torch import Tensor
 
-from speculators.ops import step_zero_attention
-from speculators.ops.draft_attention_operator import MAX_DIAGONALS
+from speculators.ops import backend, step_zero_attention
+from speculators.ops.backend import Backend
+from speculators.ops.draft_attention_operator import MAX_DIAGONALS, serves
 from speculators.ops.packed_rows import PackedRows
 from speculators.ops.step_zero_attention import Attended, StepZero
 
@@ -118,6 +119,36 @@ def test_what_is_written_in_place_must_have_its_vectors_whole() -> None:
         OPERATORS.draft_attention_merge_(**arguments)
 
 
+def test_what_is_written_in_place_must_not_overlap_itself() -> None:
+    good = _arguments()
+    for name, shape in {"output": (2, 4, 5, 8), "logsumexp": (2, 4, 5)}.items():
+        for whole in (torch.zeros(shape)[:, :1].expand(shape), torch.zeros(shape)[..., :1, :]):
+            arguments = _forward_arguments(good | {name: whole.expand(shape)})
+            with pytest.raises(RuntimeError, match=f"{name} must not overlap itself"):
+                OPERATORS.draft_attention_merge_(**arguments)
+    # Nor partly; what is only read may.
+    partly = torch.zeros(2 * 4 * 5 * 8).as_strided((2, 4, 5, 8), (160, 40, 7, 1))
+    with pytest.raises(RuntimeError, match="grad_query must not overlap itself"):
+        OPERATORS.draft_attention_merge_backward_(**good | {"grad_query": partly})
+    OPERATORS.draft_attention_merge_backward_(**good | {"grad_output": partly})
+    OPERATORS.draft_attention_merge_backward_(
+        **good | {"logsumexp": torch.zeros(2, 4, 1).expand(2, 4, 5)}
+    )
+
+
+def test_memory_that_is_shared_until_it_is_written() -> None:
+    before = _arguments()
+    written = ("output", "logsumexp", "grad_query")
+    # There is no public way to make one.
+    lazy = {name: torch._lazy_clone(before[name]) for name in written}
+    expected = {name: before[name].clone() for name in written}
+    OPERATORS.draft_attention_merge_(**_forward_arguments(before | lazy))
+    OPERATORS.draft_attention_merge_backward_(**before | lazy)
+    for name in written:
+        assert torch.equal(before[name], expected[name]), name
+        assert not torch.equal(lazy[name], expected[name]), name
+
+
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, left: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -134,11 +165,25 @@ def _dense(
     return torch.einsum("nrt,tnd->rnd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
+def _expect_aligned(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        places = (tensor.data_ptr(), *(step * tensor.itemsize for step in tensor.stride()[:-1]))
+        assert all(place % 16 == 0 for place in places), places
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    """``[B, N, R, D]`` in vectors of one element more, from the second on."""
+    batch, heads, count, size = tensor.shape
+    whole = tensor.new_zeros(batch, count, heads, size + 1)[..., 1:].transpose(1, 2)
+    return whole.copy_(tensor)
+
+
 def _stand_in(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Any, **options: Any) -> Any:
     """For ``aten::_flash_attention_forward``: the same arguments, results and checks."""
     lengths_k, longest_q, longest_k, dropout, causal, debug = rest
     assert torch.equal(lengths, lengths_k)
     assert lengths.dtype == torch.int32
+    _expect_aligned(q, k, v)
     assert longest_q == longest_k == int(lengths.diff().max())
     assert (dropout, causal, debug) == (0.0, True, False)
     assert (options["window_size_left"] is None) == (options["window_size_right"] is None)
@@ -159,6 +204,7 @@ def _stand_in_backward(
 ) -> tuple[Tensor, ...]:
     """For ``aten::_flash_attention_backward``, from the merged o and lse."""
     lengths, _, _, _, _, causal, seed, offset = rest
+    _expect_aligned(grad, q, k, v, o)
     assert causal
     assert seed.tolist() == [0, 0]
     assert offset.item() == 1
@@ -188,15 +234,22 @@ def _stand_in_backward(
 
 @pytest.mark.parametrize("select", [None, RISING, MIXED], ids=["all", "rising", "mixed"])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("aligned", [True, False])
 def test_how_the_kernel_for_cuda_is_called(
-    select: Tensor | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+    select: Tensor | None, window: int | None, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packing, scattering and the window's width, with a stand-in for the kernel itself."""
+    """Packing, scattering, addresses and the window's width, with a stand-in for the kernel."""
     monkeypatch.setattr(step_zero_attention, "_CUDA", _stand_in)
     monkeypatch.setattr(step_zero_attention, "_CUDA_BACKWARD", _stand_in_backward)
     if select is not None:
         select = torch.stack([row.unique()[:5] for row in select])  # it takes distinct rows alone
     case = make_case(1, dtype=torch.float64, select=select, window=window)
+    if not aligned:
+        case.q, case.keys, case.values = (
+            _unaligned(case.q),
+            [_unaligned(key) for key in case.keys],
+            [_unaligned(value) for value in case.values],
+        )
     step_zero = StepZero(case.rows, window, case.scale)
     monkeypatch.setattr(StepZero, "_is_for_cuda", lambda _, q: q.numel() > 0)
     attended = step_zero.forward(case.q, case.keys[0], case.values[0])
@@ -204,11 +257,25 @@ def test_how_the_kernel_for_cuda_is_called(
     case.grad = case.grad * real[..., None, None]
     exact, gradients = case.exact()
     torch.testing.assert_close(attended.output.transpose(1, 2)[real], exact[real])
-    found = step_zero.backward(
-        case.grad.transpose(1, 2), case.q, case.keys[0], case.values[0], attended
-    )
+    grad = case.grad.transpose(1, 2)
+    grad = grad if aligned else _unaligned(grad)
+    found = step_zero.backward(grad, case.q, case.keys[0], case.values[0], attended)
     for one, other in zip(found, gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_kernel_for_cuda_gets_no_more_pairs_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "choose", lambda _: backend.Choice(Backend.CUDA, "for the test"))
+    rows = PackedRows(torch.zeros(1, 2, dtype=torch.int64))
+
+    def takes(heads: int, key_heads: int) -> bool:
+        q, key = (torch.zeros(1, number, 2, 8).bfloat16() for number in (heads, key_heads))
+        many = [key] * (1 + MAX_DIAGONALS)
+        return serves(q, many, many, rows)
+
+    assert takes(192, 1)  # 192 * 32 pairs of 8 bytes are 48 KiB
+    assert not takes(193, 1)
+    assert takes(386, 193)
 
 
 def test_the_kernel_for_cuda_gets_rows_that_are_distinct() -> None:

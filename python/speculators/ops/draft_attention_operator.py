@@ -29,13 +29,16 @@ from speculators.ops.step_zero_attention import (
 MAX_DIAGONALS: Final = 32
 """The most later steps that a row may see, as in merge.h."""
 
+MAX_CUDA_PAIRS: Final = 6144
+"""The most pairs of a later step and a query head of one key head on CUDA, as in merge.h."""
+
 
 def serves(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: PackedRows) -> bool:
     """Whether the compiled operator takes these arguments, and is there and not ruled out.
 
     It takes float32 and bfloat16 on the CPU. On CUDA it takes bfloat16, heads that torch's flash
-    kernel takes, and rows that are selected once. A compiled back end may be forced; what the
-    operator does not take goes to the reference all the same.
+    kernel takes, at most ``MAX_CUDA_PAIRS``, and rows that are selected once. A compiled back end
+    may be forced; what the operator does not take goes to the reference all the same.
 
     Raises:
         BackendError: a back end is forced that does not serve the device.
@@ -47,7 +50,9 @@ def serves(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Pa
     if chosen is Backend.CPU:
         return q.dtype in {torch.float32, torch.bfloat16}
     fits = q.shape[-1] <= CUDA_HEAD_SIZE and q.shape[-1] % CUDA_HEAD_MULTIPLE == 0
-    return q.dtype == torch.bfloat16 and fits and rows.are_distinct
+    pairs = q.shape[1] // keys[0].shape[1] * (len(keys) - 1)
+    few = pairs <= MAX_CUDA_PAIRS
+    return q.dtype == torch.bfloat16 and fits and few and rows.are_distinct
 
 
 def compiled_draft_attention(

@@ -24,6 +24,9 @@ CUDA_HEAD_SIZE: Final = 256
 
 CUDA_HEAD_MULTIPLE: Final = 8
 
+CUDA_ALIGNMENT: Final = 16
+"""Bytes that the kernel for CUDA loads at a time, of which addresses must be multiples."""
+
 FLOAT32_KEYS: Final = 512
 """Up to so many keys, bfloat16 gradients are computed in float32 on the CPU, which is quicker: many
 small matrix products in bfloat16 cost more to prepare than to compute."""
@@ -150,8 +153,8 @@ class StepZero:
         left, right = (None, None) if self.reach is None else (self.reach - 1, 0)
         o, lse, seed, offset, _ = _CUDA(
             _all_rows(q, self.rows),
-            _flat(k),
-            _flat(v),
+            _aligned(_flat(k)),
+            _aligned(_flat(v)),
             lengths,
             lengths,
             longest,
@@ -179,8 +182,8 @@ class StepZero:
         dq, dk, dv = _CUDA_BACKWARD(
             _all_rows(grad, self.rows),
             _all_rows(q, self.rows),
-            _flat(k),
-            _flat(v),
+            _aligned(_flat(k)),
+            _aligned(_flat(v)),
             _all_rows(merged.output, self.rows),
             lse.t().contiguous(),
             lengths,
@@ -231,11 +234,19 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Itself, or a copy whose vectors (of a multiple of 8 elements) begin where CUDA wants them."""
+    steps = [step * tensor.element_size() for step in tensor.stride()[:-1]]
+    if any(place % CUDA_ALIGNMENT for place in (tensor.data_ptr(), *steps)):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def _all_rows(tensor: Tensor, rows: PackedRows) -> Tensor:
     """``[B, N, R, D]`` -> ``[B T, N, D]``, 0 in rows that are not selected."""
     flat = _flat(tensor)
     if rows.selected is None:
-        return flat.contiguous()
+        return _aligned(flat.contiguous())
     batch, _, width = rows.shape
     whole: Tensor = flat.new_zeros(batch * width, *flat.shape[1:])
     return whole.index_copy_(0, rows.places, flat)

@@ -85,7 +85,9 @@ inline void check_state_rows(const std::vector<torch::stable::Tensor>& layers, b
     }
     const torch::stable::Tensor kept = with_whole_rows(layer);
     storage->kept.push_back(kept);
-    storage->rows.push_back({kept.const_data_ptr(), kept.stride(0)});
+    // Written memory that was shared until then (copy on write) becomes its own.
+    const void* data = written ? kept.mutable_data_ptr() : kept.const_data_ptr();
+    storage->rows.push_back({data, kept.stride(0)});
   }
 }
 

@@ -308,6 +308,38 @@ def test_one_graph_under_torch_compile(device: str) -> None:
     assert bool(outputs[1][5].any())
 
 
+def test_a_graph_that_needs_the_outputs_notices(forced: Backend, device: str) -> None:
+    output = torch.ones(4, 3, device=device)
+    factor = torch.ones(3, device=device, requires_grad=True)
+    loss = (output * factor).sum()  # its gradient is computed from the output
+    with backend.forced(forced):
+        unpack_into([output], pack([output * 2], dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_outputs_that_require_gradient_need_no_grad(forced: Backend, device: str) -> None:
+    output = torch.ones(4, 3, device=device, requires_grad=True)
+    packed = pack([torch.full((4, 3), 2.0, device=device)], dtype=torch.int8)
+    with backend.forced(forced):
+        with pytest.raises(ValueError, match=r"outputs\[0\] requires gradient"):
+            unpack_into([output], packed)
+        with torch.no_grad():
+            unpack_into([output], packed)
+        assert bool((output == 2).all())
+        with torch.inference_mode():
+            assert bool((unpack(packed, 1, dtype=torch.float32)[0] == 2).all())
+
+
+def test_memory_that_is_shared_until_it_is_written(forced: Backend, device: str) -> None:
+    before = torch.zeros(4, 3, device=device)
+    output = torch._lazy_clone(before)
+    with backend.forced(forced):
+        unpack_into([output], PackedStates(torch.ones(4, 3, device=device)))
+    assert bool(output.all())
+    assert not before.any()
+
+
 @pytest.mark.parametrize("dtype", SCALED)
 def test_the_same_every_time(dtype: torch.dtype, device: str) -> None:
     hidden_states = random_layers(3, 200, 65, torch.bfloat16, device)

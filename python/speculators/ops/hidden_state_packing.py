@@ -203,7 +203,8 @@ def unpack_into(
 
     Args:
         outputs: L tensors ``[N, H]`` or ``[B, T, H]``, all of one shape, dtype (bfloat16, float16
-            or float32) and device, contiguous; rows that are not named stay as they are.
+            or float32) and device, contiguous, without gradient (where it is recorded); rows that
+            are not named stay as they are.
         packed: data ``[rows, L * H]`` and scales, on the same device; rows may be strided (slices
             of larger tensors are not copied). Data without scales and of another dtype than the
             outputs is converted first.
@@ -211,7 +212,7 @@ def unpack_into(
 
     Raises:
         TypeError: a dtype is not one of those above, or scales are missing or too many.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit, or an output requires gradient.
         IndexError: an index is out of range (on CPU).
     """
     flat = [_flat(number, output) for number, output in enumerate(outputs)]
@@ -237,6 +238,9 @@ def unpack_into(
         unpack_reference(flat, data, scales, index)
     else:
         torch.ops.speculators.hidden_state_unpack_(flat, data, scales, index)
+        if not torch.compiler.is_compiling():
+            # Whoever saved the outputs for a backward pass learns that they are others now.
+            torch.autograd.graph.increment_version(flat)
 
 
 def unpack_reference(
@@ -297,6 +301,11 @@ def _flat(number: int, output: Tensor) -> Tensor:
     found = f"outputs[{number}] has the shape {list(output.shape)} and strides {output.stride()}"
     if output.dim() not in {2, 3} or not output.is_contiguous():
         raise ValueError(f"{found}; expected a contiguous tensor [N, H] or [B, T, H]")
+    if output.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"outputs[{number}] requires gradient, of which what is written in place has none; "
+            "expected a tensor without, or torch.no_grad()"
+        )
     return output.flatten(0, -2)
 
 

@@ -22,15 +22,18 @@ inline constexpr int kNoNode = 0x7fffffff;
 struct TreeOfSequence {
   const int64_t* tokens;
   const int64_t* parents;
+  const double* uniforms;  // null where nothing is drawn
   int nodes;
 
-  // Stops the kernel at what would read outside of the tensors.
+  // Stops the kernel at what would read outside of the tensors, or is no uniform number.
   template <VerifyBug kBug>
   __device__ void check(const VerifyCall& call) const {
     const int end = nodes + (kBug == VerifyBug::kReadsPastTheTree ? 1 : 0);
     for (int node = threadIdx.x; node < end; node += blockDim.x) {
       const int64_t parent = parents[node];
       DEVICE_CHECK(parent >= -1 && parent < node, "verification: a parent is out of range");
+      DEVICE_CHECK(uniforms == nullptr || (uniforms[node] >= 0 && uniforms[node] < 1),
+                   "verification: a uniform number is not in [0, 1)");
       if (parent < 0) continue;
       DEVICE_CHECK(tokens[node] >= 0 && tokens[node] < call.width,
                    "verification: a token is out of range");
@@ -67,8 +70,9 @@ struct TreeOfSequence {
 };
 
 inline __device__ TreeOfSequence tree_of(const VerifyCall& call, int64_t sequence) {
-  return {call.tokens + sequence * call.nodes, call.parents + sequence * call.nodes,
-          static_cast<int>(call.nodes)};
+  const int64_t root = sequence * call.nodes;
+  return {call.tokens + root, call.parents + root,
+          call.uniforms == nullptr ? nullptr : call.uniforms + root, static_cast<int>(call.nodes)};
 }
 
 inline __device__ void accept_node(const VerifyCall& call, int64_t sequence, int64_t place,

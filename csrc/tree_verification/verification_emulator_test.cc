@@ -170,6 +170,9 @@ TEST(what_is_out_of_range_or_impossible_stops_the_kernel) {
   EXPECT_THROWS(run_with([](VerifyCase& c) { c.tokens[3] = 9; }), "a token is out of range");
   EXPECT_THROWS(run_with([](VerifyCase& c) { c.tokens[3] = -1; }), "a token is out of range");
   EXPECT_THROWS(run_with([](VerifyCase& c) { c.call.q_nodes = 0; }), "has no row for a parent");
+  EXPECT_THROWS(run_with([](VerifyCase& c) { c.uniforms[0] = 1; }), "a uniform number is not");
+  EXPECT_THROWS(run_with([](VerifyCase& c) { c.uniforms[3] = -0.1; }), "a uniform number is not");
+  EXPECT_THROWS(run_with([](VerifyCase& c) { c.uniforms[2] = NAN; }), "a uniform number is not");
   EXPECT_THROWS(run_with([](VerifyCase& c) { c.q[1] = 0; }), "cannot have been drawn");
   EXPECT_THROWS(run_with([](VerifyCase& c) {
                   c.tokens[2] = 1;

@@ -382,19 +382,34 @@ def test_a_tree_that_was_built_is_marked() -> None:
         verify_sampling(logits, tree, uniforms, mode=WITHOUT, draft_probabilities=logits)
 
 
+@pytest.mark.parametrize(
+    ("token", "call", "message"),
+    [
+        (3, "verify_greedy(logits, tree)", "a token is out of range"),
+        (
+            2,
+            "verify_sampling(logits, tree, logits[..., 0].double() + 1, mode=POINT_MASS)",
+            "a uniform number is not in",
+        ),
+    ],
+)
 @pytest.mark.parametrize("device", set(DEVICES) & {"cuda"})
-def test_a_token_out_of_range_on_cuda_is_an_error(device: str) -> None:
+def test_what_is_out_of_range_on_cuda_is_an_error(
+    token: int, call: str, message: str, device: str
+) -> None:
     """In a process of its own: a device-side assertion ends the CUDA context."""
     program = (
         "import torch\n"
         "from speculators.ops.draft_tree import chain_tree\n"
-        "from speculators.ops.tree_verification import verify_greedy\n"
+        "from speculators.ops.tree_verification import SamplingMode, verify_greedy\n"
+        "from speculators.ops.tree_verification import verify_sampling\n"
+        "POINT_MASS = SamplingMode.POINT_MASS\n"
         f"logits = torch.zeros(1, 2, 3, device={device!r})\n"
-        "verify_greedy(logits, chain_tree(torch.tensor([[0, 3]], device=logits.device)))\n"
+        f"tree = chain_tree(torch.tensor([[0, {token}]], device=logits.device))\n{call}\n"
         "torch.cuda.synchronize()\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert process.returncode != 0
-    assert "a token is out of range" in process.stdout + process.stderr
+    assert message in process.stdout + process.stderr

@@ -38,6 +38,28 @@ def test_a_missing_library_falls_back_and_says_why(monkeypatch: pytest.MonkeyPat
         backend.choose("cpu")
 
 
+def test_an_old_gpu_gets_the_reference_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend.LIBRARIES, Backend.CUDA, Library(True, "a file"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    reason = "the GPU has compute capability 7.5, _C_cuda needs 8.0"
+    assert backend.choose("cuda") == backend.Choice(Backend.REFERENCE, reason)
+    with backend.forced("_C_cuda"), pytest.raises(backend.BackendError, match=reason):
+        backend.choose("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert backend.choose("cuda").backend is Backend.CUDA
+
+
+def test_the_choice_of_a_gpu_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend.LIBRARIES, Backend.CUDA, Library(True, "a file"))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def double_if_compiled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if backend.choose("cuda").backend is Backend.CUDA else x
+
+    assert double_if_compiled(torch.ones(())).item() == 2
+
+
 def test_a_force_is_obeyed_and_lifted() -> None:
     with backend.forced("reference"):
         assert backend.choose("cpu") == backend.Choice(Backend.REFERENCE, "forced")

@@ -22,6 +22,9 @@ import torch
 
 ENVIRONMENT_VARIABLE = "SPECULATORS_OPS_BACKEND"
 
+LEAST_CAPABILITY = (8, 0)
+"""The oldest GPUs that _C_cuda has code for, as in bazel/cuda_library.bzl."""
+
 
 class Backend(enum.StrEnum):
     """An implementation of the operators; the value is its name in messages and in the
@@ -77,6 +80,9 @@ def _load(backend: Backend) -> Library:
 LIBRARIES = _load_libraries()
 
 
+_COMPILED = {"cpu": Backend.CPU, "cuda": Backend.CUDA}  # what serves a device's tensors
+
+
 def _parse(name: str) -> Backend:
     try:
         return Backend(name)
@@ -125,22 +131,35 @@ def choose(device_type: str) -> Choice:
         return Choice(Backend.REFERENCE, "forced")
     raise BackendError(
         f"the operator back end {_forced} is forced but cannot serve a tensor on {device_type!r}: "
-        f"{_why_not(_forced)}. Lift the force ({ENVIRONMENT_VARIABLE} or "
+        f"{_why_not(_forced, device_type, natural)}. Lift the force ({ENVIRONMENT_VARIABLE} or "
         f"backend.forced), move the tensor, or build the library: python -m speculators.ops.build"
     )
 
 
 def _natural_choice(device_type: str) -> Choice:
-    compiled = {"cpu": Backend.CPU, "cuda": Backend.CUDA}.get(device_type)
+    compiled = _COMPILED.get(device_type)
     if compiled is None:
         return Choice(Backend.REFERENCE, f"there are no kernels for {device_type!r}")
     library = LIBRARIES[compiled]
-    if library.loaded:
-        return Choice(compiled, f"{compiled} is loaded")
-    return Choice(Backend.REFERENCE, f"{compiled} is not loaded: {library.detail}")
+    if not library.loaded:
+        return Choice(Backend.REFERENCE, f"{compiled} is not loaded: {library.detail}")
+    if compiled is Backend.CUDA and _capability() < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, pair)) for pair in (_capability(), LEAST_CAPABILITY))
+        return Choice(
+            Backend.REFERENCE, f"the GPU has compute capability {found}, {compiled} needs {least}"
+        )
+    return Choice(compiled, f"{compiled} is loaded")
 
 
-def _why_not(backend: Backend) -> str:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability() -> tuple[int, int]:
+    """Of the current GPU; the least that serves where there is none, and so no tensor on it."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else LEAST_CAPABILITY
+
+
+def _why_not(backend: Backend, device_type: str, natural: Choice) -> str:
+    if _COMPILED.get(device_type) is backend:
+        return natural.reason
     library = LIBRARIES[backend]
     serves = "cuda" if backend is Backend.CUDA else "cpu"
     return f"it serves {serves!r}" if library.loaded else f"it is not loaded, {library.detail}"

@@ -29,7 +29,12 @@ def cuda_emulator_test(name, srcs, deps = [], **kwargs):
             name = name + suffix,
             size = "small",
             srcs = srcs,
-            copts = ["-O1", "-g", "-fno-strict-aliasing"] + build.copts,
+            copts = [
+                "-O1",
+                "-g",
+                "-fno-strict-aliasing",
+                "-Wno-unknown-pragmas",  # `#pragma unroll` is for nvcc
+            ] + build.copts,
             linkopts = build.linkopts,
             target_compatible_with = REQUIRES_CUDA,
             visibility = ["//tests:__subpackages__"],

@@ -1,6 +1,7 @@
 """Batches: padding on the left and packed documents give each text what it gets alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,24 @@ def test_several_packed_rows_by_positions(name: str, attention: str) -> None:
     for row, begin, end in [(0, 0, 5), (0, 5, 12), (1, 0, 12)]:
         alone = verifier.prefill(rows[row : row + 1, begin:end], logits="all")
         close(output.logits[row : row + 1, begin:end], alone.logits)
+
+
+def test_what_an_uneven_crop_moved_is_not_copied_again() -> None:
+    verifier = Verifier(verifier_models.make("llama"))
+    state = verifier.prefill(verifier_models.tokens(3, 9)).state
+    assert state is not None
+    layers: Any = state.cache.layers
+
+    def places() -> list[int]:
+        return [tensor.data_ptr() for layer in layers for tensor in (layer.keys, layer.values)]
+
+    for lengths in ([9, 12, 10], [13, 12, 11]):
+        verifier.step(verifier_models.tokens(3, 4), state)
+        verifier.crop(state, torch.tensor(lengths))
+        moved = places()
+        verifier.step(verifier_models.tokens(3, 4), state)
+        assert places() == moved  # the new tokens are behind the old ones
+        verifier.crop(state, torch.tensor(lengths))
 
 
 def llama4_with_chunks() -> transformers.PreTrainedModel:

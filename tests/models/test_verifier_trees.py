@@ -1,5 +1,7 @@
 """Trees of tokens in one pass: each branch gets the logits that it has as a chain, path by path."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.models import verifier_models
@@ -70,7 +72,10 @@ def test_branches_are_what_they_are_alone(verifier: Verifier, paths: list[list[i
     lengths = [n + len(kept) for n, kept in zip(LENGTHS, paths, strict=True)]
     assert state.lengths.tolist() == lengths
     assert state.slots == max(lengths)
+    layer: Any = state.cache.layers[0]
+    place = layer.keys.data_ptr()
     again = verifier.step(nodes[:, :3], state)
+    assert layer.keys.data_ptr() == place  # what is kept is not copied again
     assert again.logits is not None
     for row, kept in enumerate(paths):
         whole = torch.cat([prompts[row], nodes[row, kept], nodes[row, :3]])[None]

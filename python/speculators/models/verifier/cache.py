@@ -55,8 +55,8 @@ class VerifierState:
 class GrowingLayer(DynamicLayer):
     """Keys and values with room for more, so that a step writes its own and copies no others.
 
-    ``keys`` and ``values`` are views of what is filled. Whoever replaces them (as transformers does
-    when it selects rows) makes the room void, and the next update makes new room.
+    ``keys`` and ``values`` are views of what is filled. Whoever else replaces them (as transformers
+    does when it selects rows) makes the room void, and the next update makes new room.
     """
 
     def __init__(self) -> None:
@@ -74,6 +74,15 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
+    def take(self, sources: Tensor) -> None:
+        """Keeps some slots of each row: slot j of row b takes what is in ``sources[b, j]``.
+
+        They are gathered into new room, so that the next update does not copy them once more.
+        """
+        if self.keys is not None and self.values is not None:
+            self.keys = self._taken("keys", self.keys, sources)
+            self.values = self._taken("values", self.values, sources)
+
     def reset(self) -> None:
         """Forgets everything."""
         self._room.clear()
@@ -86,11 +95,19 @@ class GrowingLayer(DynamicLayer):
         room = self._room.get(name)
         ours = room is not None and room.data_ptr() == old.data_ptr()
         if room is None or not ours or room.shape[2] < needed:
-            room = old.new_empty(*old.shape[:2], needed + max(64, needed // 2), old.shape[3])
+            room = self._new_room(name, old, needed)
             room[:, :, :filled] = old
-            self._room[name] = room
         room[:, :, filled:needed] = new
         return room[:, :, :needed]
+
+    def _taken(self, name: str, old: Tensor, sources: Tensor) -> Tensor:
+        slots = sources.shape[1]
+        return take_slots(old, sources, self._new_room(name, old, slots)[:, :, :slots])
+
+    def _new_room(self, name: str, old: Tensor, needed: int) -> Tensor:
+        capacity = needed + max(64, needed // 2)
+        room = self._room[name] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+        return room
 
 
 def new_cache(config: PreTrainedConfig) -> Cache:
@@ -149,15 +166,14 @@ def crop(state: VerifierState, lengths: int | Tensor) -> None:
     # Slot j of row b takes the token that lay removed[b] slots before the end of the old cache.
     sources = torch.arange(slots, device=keep.device) + (state.slots - slots) - removed[:, None]
     sources = sources.clamp(min=0)  # padding takes anything
-    for layer in cast("list[DynamicLayer]", state.cache.layers):
-        if layer.keys is not None and layer.values is not None:
-            layer.keys = take_slots(layer.keys, sources)
-            layer.values = take_slots(layer.values, sources)
+    for layer in cast("list[GrowingLayer]", state.cache.layers):
+        layer.take(sources)
     state.lengths = keep
     state.padded = bool((keep < slots).any())
 
 
-def take_slots(cached: Tensor, sources: Tensor) -> Tensor:
+def take_slots(cached: Tensor, sources: Tensor, out: Tensor | None = None) -> Tensor:
     """``[B, N, S, D]`` and the slots ``[B, R]`` that each row keeps, to ``[B, N, R, D]``."""
     index = sources.to(cached.device)[:, None, :, None]
-    return cached.gather(2, index.expand(-1, cached.shape[1], -1, cached.shape[3]))
+    index = index.expand(-1, cached.shape[1], -1, cached.shape[3])
+    return torch.gather(cached, 2, index, out=out)

@@ -12,10 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from speculators.models.verifier.architecture import UnsupportedVerifierError
-from speculators.models.verifier.cache import VerifierState, take_slots
+from speculators.models.verifier.cache import GrowingLayer, VerifierState, take_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def keep_path(state: VerifierState, nodes: int, path: Tensor, counts: Sequence[i
     kept = max(counts)
     if min(counts) == kept:
         # The path takes the place of the tree's first nodes; nothing before it moves.
-        for layer in cast("list[DynamicLayer]", state.cache.layers):
+        for layer in cast("list[GrowingLayer]", state.cache.layers):
             if layer.keys is not None and layer.values is not None:
                 for cached in (layer.keys, layer.values):
                     cached[:, :, before : before + kept] = take_slots(
@@ -120,10 +119,8 @@ def keep_path(state: VerifierState, nodes: int, path: Tensor, counts: Sequence[i
     token = torch.arange(slots, device=old.device) - (slots - lengths[:, None])
     node = path.gather(1, (token - old[:, None]).clamp(0, kept - 1))
     sources = torch.where(token < old[:, None], token + before - old[:, None], before + node)
-    for layer in cast("list[DynamicLayer]", state.cache.layers):
-        if layer.keys is not None and layer.values is not None:
-            layer.keys = take_slots(layer.keys, sources.clamp(min=0))
-            layer.values = take_slots(layer.values, sources.clamp(min=0))
+    for layer in cast("list[GrowingLayer]", state.cache.layers):
+        layer.take(sources.clamp(min=0))
     state.lengths = lengths
     state.padded = bool((lengths < slots).any())
 

@@ -195,6 +195,25 @@ def test_no_position_beyond_the_last_is_read(
     assert output.sequences == expected
 
 
+@pytest.mark.parametrize("draft", ["none", "sometimes right"])
+def test_the_longest_prompt_takes_its_padding_away(
+    llama: Case, draft: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = llama.verifier.step
+    slots: list[int] = []
+
+    def checked(input_ids: Tensor, state: Any, **options: Any) -> Any:
+        assert state.slots == int(state.lengths.max())
+        slots.append(state.slots)
+        return step(input_ids, state, **options)
+
+    monkeypatch.setattr(llama.verifier, "step", checked)
+    limit = max(map(len, PROMPTS)) + 2
+    settings = GenerationSettings(max_new_tokens=NEW, num_draft_tokens=2, max_length=limit)
+    generate(llama.verifier, DRAFTS[draft](llama), PROMPTS, settings)
+    assert slots[0] == len(PROMPTS[1]) > slots[1]  # the others go on without it
+
+
 def test_the_verifiers_own_positions_are_the_limit(llama: Case) -> None:
     positions = verifier_models.BASE["max_position_embeddings"]
     prompt = verifier_models.tokens(positions - 3).tolist()

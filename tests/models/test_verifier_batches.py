@@ -91,6 +91,30 @@ def test_several_packed_rows_by_positions(name: str, attention: str) -> None:
         close(output.logits[row : row + 1, begin:end], alone.logits)
 
 
+def test_padding_leaves_with_the_longest_row(verifier: Verifier, documents: list[Tensor]) -> None:
+    input_ids, mask = padded(documents)
+    state = verifier.prefill(input_ids, mask).state
+    assert state is not None
+    drafted = verifier_models.tokens(3, 5, seed=1)
+    verifier.step(drafted[:, :3], state)
+    for rows in ([2, 0], [1]):  # of the rows that are left
+        state.select(rows)
+        documents = [documents[row] for row in rows]
+        drafted = drafted[rows]
+        lengths = [document.shape[1] + 3 for document in documents]
+        assert state.lengths.tolist() == state.host_lengths == lengths
+        assert state.slots == max(lengths)
+        assert state.padded == (len(rows) > 1)
+        output = verifier.step(drafted[:, 3:], state)
+        assert output.logits is not None
+        for row, document in enumerate(documents):
+            whole = torch.cat([document[0], drafted[row]])[None]
+            alone = verifier.prefill(whole, logits="all").logits
+            assert alone is not None
+            close(output.logits[row], alone[0, -2:])
+        verifier.crop(state, torch.tensor(lengths))
+
+
 def test_what_an_uneven_crop_moved_is_not_copied_again() -> None:
     verifier = Verifier(verifier_models.make("llama"))
     state = verifier.prefill(verifier_models.tokens(3, 9)).state

@@ -348,8 +348,7 @@ class _Generation:
             return None
         index = torch.tensor(kept, device=self._verifier.device)
         self._cached = [self._cached[row] for row in kept]
-        self._state.cache.batch_select_indices(index)
-        self._state.lengths = self._state.lengths[index]
+        self._state.select(kept)
         return index
 
     def _limit(self, length: int) -> int:

@@ -10,6 +10,7 @@ keep different numbers of tokens, they are shifted to stay so; keys carry their 
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -31,17 +32,22 @@ class VerifierState:
     Attributes:
         cache: the keys and values, ``[B, N, S, D]`` per layer, S slots.
         lengths: int64 ``[B]``, the tokens of each row; they fill the last slots.
-        padded: whether some row has fewer tokens than there are slots.
+        host_lengths: the same numbers on the host, so that it need not wait for the device.
     """
 
     cache: Cache
     lengths: Tensor
-    padded: bool
+    host_lengths: list[int]
 
     @property
     def slots(self) -> int:
         """The width of the cache, the longest row's number of tokens."""
         return int(self.cache.get_seq_length())
+
+    @property
+    def padded(self) -> bool:
+        """Whether some row has fewer tokens than there are slots."""
+        return min(self.host_lengths) < self.slots
 
     def attention_mask(self, new_tokens: int) -> Tensor | None:
         """Bool ``[B, S + new_tokens]``, true where there is a token; None where all are."""
@@ -51,12 +57,21 @@ class VerifierState:
         slot = torch.arange(slots + new_tokens, device=self.lengths.device)
         return slot >= slots - self.lengths[:, None]
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows only, in this order, and no slots that are padding in all of them."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        self.lengths = self.lengths[index]
+        self.host_lengths = [self.host_lengths[row] for row in rows]
+        first = self.slots - max(self.host_lengths)
+        for layer in cast("list[GrowingLayer]", self.cache.layers):
+            layer.select(index, first)
+
 
 class GrowingLayer(DynamicLayer):
     """Keys and values with room for more, so that a step writes its own and copies no others.
 
-    ``keys`` and ``values`` are views of what is filled. Whoever else replaces them (as transformers
-    does when it selects rows) makes the room void, and the next update makes new room.
+    ``keys`` and ``values`` are views of what is filled. Whoever else replaces them (as methods of
+    transformers do) makes the room void, and the next update makes new room.
     """
 
     def __init__(self) -> None:
@@ -79,9 +94,15 @@ class GrowingLayer(DynamicLayer):
 
         They are gathered into new room, so that the next update does not copy them once more.
         """
-        if self.keys is not None and self.values is not None:
-            self.keys = self._taken("keys", self.keys, sources)
-            self.values = self._taken("values", self.values, sources)
+        self._move(*sources.shape, lambda old, new: take_slots(old, sources, new))
+
+    def select(self, rows: Tensor, first: int) -> None:
+        """Keeps some rows, int64 ``[B]``, and their slots from ``first`` on, in new room."""
+
+        def move(old: Tensor, new: Tensor) -> Tensor:
+            return torch.index_select(old[:, :, first:], 0, rows.to(old.device), out=new)
+
+        self._move(len(rows), self.get_seq_length() - first, move)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -95,18 +116,21 @@ class GrowingLayer(DynamicLayer):
         room = self._room.get(name)
         ours = room is not None and room.data_ptr() == old.data_ptr()
         if room is None or not ours or room.shape[2] < needed:
-            room = self._new_room(name, old, needed)
+            room = self._new_room(name, old, len(old), needed)
             room[:, :, :filled] = old
         room[:, :, filled:needed] = new
         return room[:, :, :needed]
 
-    def _taken(self, name: str, old: Tensor, sources: Tensor) -> Tensor:
-        slots = sources.shape[1]
-        return take_slots(old, sources, self._new_room(name, old, slots)[:, :, :slots])
+    def _move(self, rows: int, slots: int, move: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if self.keys is not None and self.values is not None:
+            room = self._new_room("keys", self.keys, rows, slots)
+            self.keys = move(self.keys, room[:, :, :slots])
+            room = self._new_room("values", self.values, rows, slots)
+            self.values = move(self.values, room[:, :, :slots])
 
-    def _new_room(self, name: str, old: Tensor, needed: int) -> Tensor:
+    def _new_room(self, name: str, old: Tensor, rows: int, needed: int) -> Tensor:
         capacity = needed + max(64, needed // 2)
-        room = self._room[name] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+        room = self._room[name] = old.new_empty(rows, old.shape[1], capacity, old.shape[3])
         return room
 
 
@@ -160,7 +184,7 @@ def crop(state: VerifierState, lengths: int | Tensor) -> None:
     if bool((removed == removed[0]).all()):
         if int(removed[0]) > 0:
             state.cache.crop(-int(removed[0]))
-        state.lengths = keep
+        state.lengths, state.host_lengths = keep, keep.tolist()
         return
     slots = int(keep.max())
     # Slot j of row b takes the token that lay removed[b] slots before the end of the old cache.
@@ -168,8 +192,7 @@ def crop(state: VerifierState, lengths: int | Tensor) -> None:
     sources = sources.clamp(min=0)  # padding takes anything
     for layer in cast("list[GrowingLayer]", state.cache.layers):
         layer.take(sources)
-    state.lengths = keep
-    state.padded = bool((keep < slots).any())
+    state.lengths, state.host_lengths = keep, keep.tolist()
 
 
 def take_slots(cached: Tensor, sources: Tensor, out: Tensor | None = None) -> Tensor:

@@ -110,6 +110,7 @@ def keep_path(state: VerifierState, nodes: int, path: Tensor, counts: Sequence[i
         if kept < nodes:
             state.cache.crop(kept - nodes)
         state.lengths = state.lengths - nodes + kept
+        state.host_lengths = [length - nodes + kept for length in state.host_lengths]
         return
     old = state.lengths - nodes
     count = torch.tensor(counts, device=old.device)
@@ -121,8 +122,7 @@ def keep_path(state: VerifierState, nodes: int, path: Tensor, counts: Sequence[i
     sources = torch.where(token < old[:, None], token + before - old[:, None], before + node)
     for layer in cast("list[GrowingLayer]", state.cache.layers):
         layer.take(sources.clamp(min=0))
-    state.lengths = lengths
-    state.padded = bool((lengths < slots).any())
+    state.lengths, state.host_lengths = lengths, lengths.tolist()
 
 
 def _layer_kinds(config: PreTrainedConfig) -> Sequence[str]:

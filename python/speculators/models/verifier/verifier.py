@@ -288,14 +288,13 @@ class Verifier:
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device)
         lengths = rows.row_lengths(input_ids, attention_mask)
-        if self._rotary is not None:
-            self.growth_limit(lengths.tolist())
-        state = VerifierState(
-            cache.new_cache(self.config), lengths, bool((lengths < input_ids.shape[1]).any())
-        )
+        host_lengths = lengths.tolist()
+        self.growth_limit(host_lengths)
+        state = VerifierState(cache.new_cache(self.config), lengths, host_lengths)
         positions = torch.arange(input_ids.shape[1], device=lengths.device)
         positions = positions - (input_ids.shape[1] - lengths[:, None])
-        mask = attention_mask.bool() if state.padded and attention_mask is not None else None
+        padded = min(state.host_lengths) < input_ids.shape[1]
+        mask = attention_mask.bool() if padded and attention_mask is not None else None
         return self._forward(
             input_ids, positions.clamp(min=0), mask, state if use_cache else None, capture, logits
         )
@@ -350,6 +349,7 @@ class Verifier:
             mask = tree_masks(self.config, state, tree, self.model.dtype)
         output = self._forward(input_ids, positions, mask, state, capture, logits)
         state.lengths = state.lengths + k
+        state.host_lengths = [length + k for length in state.host_lengths]
         return output
 
     def keep_path(

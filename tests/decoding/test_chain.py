@@ -176,6 +176,27 @@ def test_no_row_is_computed_twice(verifier: Verifier, monkeypatch: pytest.Monkey
     assert widths == [max(LENGTHS), 1, 1, 4, 1]
 
 
+def test_ended_sequences_cost_nothing(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = make_draft("eagle", verifier).double()
+    drafter = ChainDrafter(draft, verifier)
+    rows: list[int] = []
+    forward = draft.forward
+
+    def counted(input_ids: Tensor, *rest: Any) -> Any:
+        rows.append(input_ids.shape[0])
+        return forward(input_ids, *rest)
+
+    monkeypatch.setattr(draft, "forward", counted)
+    batch = prefilled(drafter, verifier)
+    drafter.propose(2, None)
+    drafter.select([2, 0])
+    update(drafter, batch.select([2, 0]), [3, 1])
+    drafter.propose(2, None)
+    drafter.select([1])
+    drafter.propose(2, None)
+    assert rows == [3, 3, 2, 2, 1]
+
+
 def test_a_greedy_verifier_gets_the_most_likely_tokens(verifier: Verifier) -> None:
     draft = make_draft("eagle", verifier).double()
     drafter = ChainDrafter(draft, verifier, SETTINGS)

@@ -92,6 +92,32 @@ def test_a_tree_that_never_branches_is_the_chain(algorithm: str, shape: Tree) ->
         assert tree.parents.tolist() == [[-1, 0, 1, 2, 3]] * 4
 
 
+@pytest.mark.parametrize("shape", [SHAPES["dynamic"], SHAPES["uneven"]])
+def test_ended_sequences_cost_nothing(shape: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier = Verifier(verifier_models.make("llama"))
+    draft = make_draft("eagle3", verifier, draft_vocab_size=32)
+    drafter = TreeDrafter(draft, verifier, shape)
+    input_ids, mask = pad_prompts(PROMPTS)
+    output = verifier.prefill(input_ids, mask, capture=drafter.capture)
+    roots = torch.tensor([7, 8, 9, 10])
+    drafter.prefill(input_ids, list(map(len, PROMPTS)), roots, output.captured)
+    before = drafter.propose_tree(roots, None)
+    rows: set[int] = set()
+    forward = draft.forward
+
+    def counted(input_ids: Tensor, *rest: Any) -> Any:
+        rows.add(input_ids.shape[0])
+        return forward(input_ids, *rest)
+
+    monkeypatch.setattr(draft, "forward", counted)
+    left = [3, 0]
+    drafter.select(left)
+    after = drafter.propose_tree(roots[left], None)
+    assert rows == {2}
+    assert after.tree.tokens.tolist() == before.tree.tokens[left].tolist()
+    assert after.tree.parents.tolist() == before.tree.parents[left].tolist()
+
+
 def test_matches_draft_trees(verifier: Verifier) -> None:
     corpus = suffix_corpus([*PROMPTS, *expected(verifier), [1, 2, 3, 4, 5], [1, 2, 6, 7]])
     drafter = SuffixDrafter(corpus, tree_nodes=12)

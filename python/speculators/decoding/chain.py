@@ -46,8 +46,6 @@ class ChainDrafter:
         draft_ids = torch.arange(model.draft_vocab_size, device=verifier.device)
         self._verifier_ids = None if model.vocabulary is None else model.to_verifier_ids(draft_ids)
         self._cache = DraftCache(0)
-        # The cache keeps the rows of ended sequences; these are those that go on, None: all.
-        self._live: Tensor | None = None
         # Of the last committed row: what the next step takes, and the first token's logits.
         self._states = self._logits = torch.empty(0)
 
@@ -60,7 +58,7 @@ class ChainDrafter:
         streams: Mapping[int, Tensor],
     ) -> None:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
-        self._cache, self._live = DraftCache(len(lengths)), None
+        self._cache = DraftCache(len(lengths))
         tokens = torch.cat([input_ids[:, 1:], next_tokens[:, None]], 1)
         width = tokens.shape[1]
         if min(lengths) < width:  # the draft's rows begin on the left
@@ -77,8 +75,6 @@ class ChainDrafter:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         self._cache.drop_drafted()
         states, logits = self._states, self._logits
-        if uniforms is not None:
-            uniforms = self._for_all_rows(uniforms)
         positions = torch.tensor(self._cache.lengths, device=logits.device)[:, None]
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -92,8 +88,8 @@ class ChainDrafter:
                 output = self._model(token[:, None], states, positions + step, self._cache)
                 states = output.states
                 logits = self._model.logits(output.head_input[:, -1])
-        q_BKV = self._of_live_rows(torch.stack(probabilities, 1)) if probabilities else None
-        return Proposal(self._of_live_rows(torch.stack(tokens, 1)), q_BKV)
+        q_BKV = torch.stack(probabilities, 1) if probabilities else None
+        return Proposal(torch.stack(tokens, 1), q_BKV)
 
     @torch.no_grad()
     def update(self, tokens: Tensor, counts: Sequence[int], streams: Mapping[int, Tensor]) -> None:
@@ -101,23 +97,21 @@ class ChainDrafter:
         model, device = self._model, tokens.device
         self._cache.drop_drafted()
         hidden = model.spec.draft_input(streams, self._head, model.config)
-        hidden = self._for_all_rows(hidden.to(next(model.parameters()).dtype))
-        tokens = self._for_all_rows(tokens)
-        real = self._for_all_rows(torch.tensor(counts, device=device))
-        if self._live is not None:
-            counts = real.tolist()
+        hidden = hidden.to(next(model.parameters()).dtype)
         first = torch.tensor(self._cache.lengths, device=device)[:, None]
         positions = first + torch.arange(tokens.shape[1], device=device)
         self._cache.extend(counts)
         output = model(tokens, model.combine_hidden_states(hidden), positions, self._cache)
-        row, last = torch.arange(len(counts), device=device), (real - 1).clamp(min=0)
+        row = torch.arange(len(counts), device=device)
+        last = torch.tensor(counts, device=device) - 1
         self._states = output.states[row, last][:, None]
         self._logits = model.logits(output.head_input[row, last])
 
     def select(self, rows: Sequence[int]) -> None:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
-        chosen = torch.tensor(rows, device=self._logits.device)
-        self._live = chosen if self._live is None else self._live[chosen]
+        self._cache.select(rows)
+        index = torch.tensor(rows, device=self._logits.device)
+        self._states, self._logits = self._states[index], self._logits[index]
 
     def _choose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The next token ``[B]``, as the verifier numbers it, and its q ``[B, V]`` if drawn."""
@@ -138,13 +132,3 @@ class ChainDrafter:
             return q
         wide = q.new_zeros(*q.shape[:-1], self._vocab_size)
         return wide.index_copy(-1, self._verifier_ids, q)
-
-    def _for_all_rows(self, live: Tensor) -> Tensor:
-        """``[rows that go on, ...]`` to ``[rows of the cache, ...]``, zeros for ended ones."""
-        if self._live is None:
-            return live
-        rows = live.new_zeros(len(self._cache.lengths), *live.shape[1:])
-        return rows.index_copy(0, self._live, live)
-
-    def _of_live_rows(self, rows: Tensor) -> Tensor:
-        return rows if self._live is None else rows[self._live]

@@ -86,9 +86,9 @@ class TreeDrafter(ChainDrafter):
             itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
             sees = torch.cat([above, itself.expand(batch, -1, -1)], 2)
         selected = build_tree(
-            self._of_live_rows(torch.cat(all_tokens, 1)),
-            self._of_live_rows(torch.cat(all_parents, 1)),
-            self._of_live_rows(torch.cat(all_scores, 1)),
+            torch.cat(all_tokens, 1),
+            torch.cat(all_parents, 1),
+            torch.cat(all_scores, 1),
             roots,
             torch.zeros_like(roots),
             shape.nodes,
@@ -99,8 +99,6 @@ class TreeDrafter(ChainDrafter):
     def _static(self, roots: Tensor, uniforms: Tensor | None, *, replacement: bool) -> TreeProposal:
         assert self._layout is not None  # noqa: S101 - for the type checker
         plan, drawn = self._layout, uniforms is not None and not self._sampling.greedy
-        if uniforms is not None:
-            uniforms = self._for_all_rows(uniforms)
         batch, depth_states = len(self._logits), self._states
         logits = self._logits[:, None]  # [B, P, W], of the nodes that have children
         all_tokens, all_missing, probabilities = [], [], []
@@ -127,8 +125,7 @@ class TreeDrafter(ChainDrafter):
                 depth_states, logits = self._draft_rows(
                     tokens[:, level.inner], states, depth, level.sees[None]
                 )
-        tokens = self._of_live_rows(torch.cat(all_tokens, 1))
-        missing = self._of_live_rows(torch.cat(all_missing, 1))
+        tokens, missing = torch.cat(all_tokens, 1), torch.cat(all_missing, 1)
         tree = DraftTree(
             torch.cat([roots[:, None], tokens], 1),
             torch.nn.functional.pad(
@@ -149,7 +146,7 @@ class TreeDrafter(ChainDrafter):
         of_levels = torch.cat(probabilities, 1)
         inner = self._layout.parents[1:].unique()  # sorted, as the rows are
         q = of_levels.new_zeros(len(of_levels), int(inner.max()) + 1, of_levels.shape[2])
-        return self._of_live_rows(q.index_copy(1, inner, of_levels))
+        return q.index_copy(1, inner, of_levels)
 
     def _draft_rows(
         self, tokens: Tensor, states: Tensor, depth: int, sees: Tensor

@@ -86,6 +86,13 @@ class DraftCache(DraftAttention):
         """Forgets the drafted rows."""
         self._drafted = 0
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these sequences only, in this order."""
+        index = torch.tensor(rows, device=self._positions.device)
+        self._lengths = [self._lengths[row] for row in rows]
+        self._positions = self._positions[index]
+        self._buffers = {key: buffer[index] for key, buffer in self._buffers.items()}
+
     def begin(self, position_ids: Tensor) -> None:
         """Gives the rows of this pass their slots, and the keys they see."""
         batch, rows = position_ids.shape

@@ -13,6 +13,7 @@ from tests.decoding.drafts import make_draft
 from tests.models import verifier_models
 from tests.models.verifier_models import LAYERS, VOCABULARY, WINDOW
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from speculators.decoding.drafters import Proposal, TreeProposal
 from speculators.decoding.generation import generate
@@ -405,6 +406,33 @@ def test_skipped_duplicates_are_noticed(eight: Verifier) -> None:
     )
     assert found.two.rejected
     assert found.two.power > 0.999
+
+
+class HostReads(TorchFunctionMode):
+    """Refuses what makes the host wait for a device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs everything else."""
+        name = getattr(func, "__name__", "")
+        waits = {"item", "tolist", "nonzero", "unique"}
+        assert name not in waits | {"__bool__", "__int__", "__float__", "__index__", "__iter__"}
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), PLAIN], ids=["greedy", "sampling"])
+def test_a_drafted_tree_does_not_wait_for_the_device(eight: Verifier, sampling: Sampling) -> None:
+    drafter = TreeDrafter(make_draft("eagle", eight), eight, STATIC, sampling)
+    prompts = torch.tensor([PROMPT] * 3)
+    output = eight.prefill(prompts, capture=drafter.capture)
+    roots = torch.tensor([1, 2, 3])
+    drafter.prefill(prompts, [5, 5, 5], roots, output.captured)
+    uniforms = torch.rand(3, STATIC.nodes, dtype=torch.float64)
+    with HostReads():
+        proposal = drafter.propose_tree(roots, uniforms)
+    assert (proposal.probabilities is None) == sampling.greedy
+    assert proposal.tree.tokens.shape == (3, 1 + STATIC.nodes)
 
 
 def test_layout_of_a_static_tree() -> None:

@@ -133,6 +133,25 @@ def test_what_an_uneven_crop_moved_is_not_copied_again() -> None:
         verifier.crop(state, torch.tensor(lengths))
 
 
+@pytest.mark.parametrize("counts", [[1, 3, 2], [2, 2, 2]])
+def test_to_drop_tokens_and_rows_waits_for_no_device(counts: list[int]) -> None:
+    verifier = Verifier(verifier_models.make("llama"))
+    state = verifier.prefill(verifier_models.tokens(3, 5)).state
+    assert state is not None
+    verifier.step(verifier_models.tokens(3, 4), state)
+    layers: Any = state.cache.layers
+    # A device from which nothing can be read.
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    state.lengths = state.lengths.to("meta")
+    verifier.keep_path(state, 4, torch.tensor([[0, 1, 2]] * 3, device="meta"), counts)
+    assert state.host_lengths == [5 + count for count in counts]
+    verifier.crop(state, [6, 4 + counts[1], 6])
+    state.select([2, 1])
+    assert state.host_lengths == [6, 4 + counts[1]]
+    assert [layer.values.shape[2] for layer in layers] == [4 + counts[1]] * LAYERS
+
+
 def llama4_with_chunks() -> transformers.PreTrainedModel:
     config = transformers.Llama4TextConfig(
         **verifier_models.BASE,

@@ -153,7 +153,7 @@ class _Generation:
         assert output.state is not None  # noqa: S101 - for the type checker
         assert output.logits is not None  # noqa: S101
         self._state = output.state
-        self._cached = self._state.lengths.tolist()
+        self._cached = self._state.host_lengths
         greedy = self._settings.sampling.greedy
         uniforms = None if greedy else self._random.uniforms(1, self._rows)
         tokens = self._choose(output.logits[:, -1], uniforms)
@@ -199,7 +199,7 @@ class _Generation:
             index = self._keep(kept)
             self._cached = [n + count for n, count in zip(self._cached, counts, strict=True)]
             if min(counts) <= width:
-                self._verifier.crop(self._state, torch.tensor(self._cached))
+                self._verifier.crop(self._state, self._cached)
             self._last = _rows_of(next_tokens, index)
             self._update_drafter(tokens, counts, output.captured, index)
         return emitted
@@ -342,14 +342,13 @@ class _Generation:
         """Drops the rows that have ended from what is kept of them.
 
         Returns:
-            int64, the rows that stay; None if all do.
+            int64, the rows that stay, on the host; None if all do.
         """
         if len(kept) == len(self._cached):
             return None
-        index = torch.tensor(kept, device=self._verifier.device)
         self._cached = [self._cached[row] for row in kept]
         self._state.select(kept)
-        return index
+        return torch.tensor(kept)
 
     def _limit(self, length: int) -> int:
         """How many new tokens a prompt of so many tokens may get."""

@@ -105,7 +105,7 @@ class TreeDrafter(ChainDrafter):
         parents_missing = torch.zeros(batch, 1, dtype=torch.bool, device=roots.device)
         begin = 0
         for depth, level in enumerate(plan.levels, 1):
-            width = int(level.ranks.max()) + 1
+            width = len(level.of_rank)
             if drawn and uniforms is not None:
                 q = self._wide(self._sampling.distribution(logits))
                 numbers = uniforms[:, begin : begin + len(level.ranks)]
@@ -144,9 +144,8 @@ class TreeDrafter(ChainDrafter):
         """What inner nodes' children were drawn from, by level, to rows numbered as nodes."""
         assert self._layout is not None  # noqa: S101 - for the type checker
         of_levels = torch.cat(probabilities, 1)
-        inner = self._layout.parents[1:].unique()  # sorted, as the rows are
-        q = of_levels.new_zeros(len(of_levels), int(inner.max()) + 1, of_levels.shape[2])
-        return q.index_copy(1, inner, of_levels)
+        q = of_levels.new_zeros(len(of_levels), self._layout.inner_end, of_levels.shape[2])
+        return q.index_copy(1, self._layout.inner, of_levels)
 
     def _draft_rows(
         self, tokens: Tensor, states: Tensor, depth: int, sees: Tensor
@@ -178,12 +177,11 @@ def _draw_children(
         The children ``[B, M]``, and which could not be drawn because no token was left.
     """
     batch, _, vocabulary = q.shape
-    parents, ranks = level.parents, level.ranks
+    parents = level.parents
     tokens = parents.new_zeros(batch, len(parents))
     missing = torch.zeros_like(tokens, dtype=torch.bool)
     left = q.clone()
-    for rank in range(int(ranks.max()) + 1):
-        children = (ranks == rank).nonzero()[:, 0]
+    for children in level.of_rank:
         weights = left[:, parents[children]]  # [B, M', V]
         flat = draw(weights.flatten(0, 1), uniforms[:, children].flatten())
         drawn = flat.clamp(max=vocabulary - 1).view(batch, -1)

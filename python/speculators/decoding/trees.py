@@ -123,6 +123,7 @@ class Level:
     Attributes:
         parents: for each node, which of the nodes with children of the depth above is its parent.
         ranks: for each node, which child of it.
+        of_rank: the nodes that are first children, those that are second ones, and so on.
         inner: which nodes have children themselves.
         sees: bool ``[R, D + R]``, which of the D inner nodes above and of its own R each inner node
             sees: its ancestors and itself.
@@ -130,6 +131,7 @@ class Level:
 
     parents: Tensor
     ranks: Tensor
+    of_rank: tuple[Tensor, ...]
     inner: Tensor
     sees: Tensor
 
@@ -143,12 +145,16 @@ class Layout:
         parents: int64 ``[N]``, -1 for the root.
         depths: int64 ``[N]``.
         sees: bool ``[N, N]``, ancestors and itself.
+        inner: int64, the nodes that have children, sorted.
+        inner_end: one more than the last of them.
     """
 
     levels: tuple[Level, ...]
     parents: Tensor
     depths: Tensor
     sees: Tensor
+    inner: Tensor
+    inner_end: int
 
 
 def layout(tree: StaticTree, device: torch.device) -> Layout:
@@ -157,16 +163,20 @@ def layout(tree: StaticTree, device: torch.device) -> Layout:
     number = {(): 0} | {path: i + 1 for i, path in enumerate(order)}
     with_children = {path[:-1] for path in order}
     inner = [path for path in order if path in with_children]
+    inner_numbers = [0, *(number[path] for path in inner)]
     levels = []
     for depth in range(1, tree.depth + 1):
         nodes = [path for path in order if len(path) == depth]
         above: list[Path] = [path for path in [(), *inner] if len(path) == depth - 1]
         rows = [path for path in nodes if path in with_children]
+        ranks = torch.tensor([path[-1] for path in nodes])
+        of_rank = [(ranks == rank).nonzero()[:, 0] for rank in range(int(ranks.max()) + 1)]
         known = [path for path in inner if len(path) <= depth]
         levels.append(
             Level(
                 torch.tensor([above.index(path[:-1]) for path in nodes], device=device),
-                torch.tensor([path[-1] for path in nodes], device=device),
+                ranks.to(device),
+                tuple(children.to(device) for children in of_rank),
                 torch.tensor([nodes.index(path) for path in rows], device=device).long(),
                 torch.tensor(
                     [[row[: len(path)] == path for path in known] for row in rows], device=device
@@ -181,6 +191,8 @@ def layout(tree: StaticTree, device: torch.device) -> Layout:
         torch.tensor(
             [[node[: len(path)] == path for path in all_nodes] for node in all_nodes], device=device
         ),
+        torch.tensor(inner_numbers, device=device),
+        inner_numbers[-1] + 1,
     )
 
 

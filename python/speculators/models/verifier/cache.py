@@ -94,7 +94,8 @@ class GrowingLayer(DynamicLayer):
 
         They are gathered into new room, so that the next update does not copy them once more.
         """
-        self._move(*sources.shape, lambda old, new: take_slots(old, sources, new))
+        rows, slots = sources.shape
+        self._move(rows, slots, lambda old, new: take_slots(old, sources, new))
 
     def select(self, rows: Tensor, first: int) -> None:
         """Keeps some rows, int64 ``[B]``, and their slots from ``first`` on, in new room."""
@@ -157,42 +158,43 @@ def new_cache(config: PreTrainedConfig) -> Cache:
     return cache
 
 
-def crop(state: VerifierState, lengths: int | Tensor) -> None:
+def crop(state: VerifierState, lengths: int | Sequence[int] | Tensor) -> None:
     """Drops the last tokens of each row, in place.
 
     Args:
         state: the state to change.
-        lengths: how many tokens each row keeps, one number or an integer tensor ``[B]``.
+        lengths: how many tokens each row keeps, one number or one for each row; best no tensor on
+            a device, which has to be waited for.
 
     Raises:
         ValueError: a row would keep fewer than 1 token, or more than it has, or ``lengths`` are no
             integers ``[B]``.
     """
-    keep = torch.as_tensor(lengths, device=state.lengths.device)
-    if keep.is_floating_point() or keep.shape not in {torch.Size([]), state.lengths.shape}:
+    given, old = torch.as_tensor(lengths, device="cpu"), state.host_lengths
+    if given.is_floating_point() or given.shape not in {torch.Size([]), state.lengths.shape}:
         raise ValueError(
-            f"lengths are {keep.dtype} {list(keep.shape)}; expected one integer, or integers "
+            f"lengths are {given.dtype} {list(given.shape)}; expected one integer, or integers "
             f"{list(state.lengths.shape)}"
         )
-    keep = keep.long().expand_as(state.lengths)
-    if not bool(((keep >= 1) & (keep <= state.lengths)).all()):
+    keep = given.long().expand(len(old)).tolist()
+    if not all(1 <= kept <= length for kept, length in zip(keep, old, strict=True)):
         raise ValueError(
-            f"cannot crop rows of {state.lengths.tolist()} tokens to {keep.tolist()}; "
-            "expected from 1 to as many as there are"
+            f"cannot crop rows of {old} tokens to {keep}; expected from 1 to as many as there are"
         )
-    removed = state.lengths - keep
-    if bool((removed == removed[0]).all()):
-        if int(removed[0]) > 0:
-            state.cache.crop(-int(removed[0]))
-        state.lengths, state.host_lengths = keep, keep.tolist()
-        return
-    slots = int(keep.max())
-    # Slot j of row b takes the token that lay removed[b] slots before the end of the old cache.
-    sources = torch.arange(slots, device=keep.device) + (state.slots - slots) - removed[:, None]
-    sources = sources.clamp(min=0)  # padding takes anything
-    for layer in cast("list[GrowingLayer]", state.cache.layers):
-        layer.take(sources)
-    state.lengths, state.host_lengths = keep, keep.tolist()
+    new = torch.tensor(keep, device=state.lengths.device)
+    removed = [length - kept for kept, length in zip(keep, old, strict=True)]
+    if min(removed) == max(removed):
+        if removed[0] > 0:
+            state.cache.crop(-removed[0])
+    else:
+        # What lay removed[b] slots before the old end comes to the new one, and so on to the left.
+        slots = max(keep)
+        shift = state.slots - slots - (state.lengths - new)
+        sources = torch.arange(slots, device=new.device) + shift[:, None]
+        sources = sources.clamp(min=0)  # padding takes anything
+        for layer in cast("list[GrowingLayer]", state.cache.layers):
+            layer.take(sources)
+    state.lengths, state.host_lengths = new, keep
 
 
 def take_slots(cached: Tensor, sources: Tensor, out: Tensor | None = None) -> Tensor:

@@ -112,17 +112,19 @@ def keep_path(state: VerifierState, nodes: int, path: Tensor, counts: Sequence[i
         state.lengths = state.lengths - nodes + kept
         state.host_lengths = [length - nodes + kept for length in state.host_lengths]
         return
+    host_lengths = [
+        length - nodes + count for length, count in zip(state.host_lengths, counts, strict=True)
+    ]
+    slots = max(host_lengths)
     old = state.lengths - nodes
-    count = torch.tensor(counts, device=old.device)
-    lengths = old + count
-    slots = int(lengths.max())
+    lengths = torch.tensor(host_lengths, device=old.device)
     # Token t of a row is in slot t + S - length before the tree, and where its node is from there.
     token = torch.arange(slots, device=old.device) - (slots - lengths[:, None])
     node = path.gather(1, (token - old[:, None]).clamp(0, kept - 1))
     sources = torch.where(token < old[:, None], token + before - old[:, None], before + node)
     for layer in cast("list[GrowingLayer]", state.cache.layers):
         layer.take(sources.clamp(min=0))
-    state.lengths, state.host_lengths = lengths, lengths.tolist()
+    state.lengths, state.host_lengths = lengths, host_lengths
 
 
 def _layer_kinds(config: PreTrainedConfig) -> Sequence[str]:

@@ -368,7 +368,7 @@ class Verifier:
         """
         keep_path(state, nodes, path, counts)
 
-    def crop(self, state: VerifierState, lengths: int | Tensor) -> None:
+    def crop(self, state: VerifierState, lengths: int | Sequence[int] | Tensor) -> None:
         """Takes back the last tokens of each row, in place, such as rejected ones.
 
         Rows may lose different numbers of tokens; this copies the cache, losing equally many does
@@ -376,7 +376,8 @@ class Verifier:
 
         Args:
             state: the state to change.
-            lengths: how many tokens each row keeps, one number or an integer tensor ``[B]``.
+            lengths: how many tokens each row keeps, one number or one for each row; best no tensor
+                on a device, which has to be waited for.
 
         Raises:
             ValueError: a row would keep fewer than 1 token, or more than it has.

@@ -409,28 +409,29 @@ def test_skipped_duplicates_are_noticed(eight: Verifier) -> None:
 
 
 class HostReads(TorchFunctionMode):
-    """Refuses what makes the host wait for a device."""
+    """Refuses what makes the host wait for a device: to read from it, or to send lists to it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs everything else."""
         name = getattr(func, "__name__", "")
-        waits = {"item", "tolist", "nonzero", "unique"}
+        waits = {"item", "tolist", "nonzero", "unique", "tensor"}
         assert name not in waits | {"__bool__", "__int__", "__float__", "__index__", "__iter__"}
         return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), PLAIN], ids=["greedy", "sampling"])
-def test_a_drafted_tree_does_not_wait_for_the_device(eight: Verifier, sampling: Sampling) -> None:
+def test_a_draft_does_not_wait_for_the_device(eight: Verifier, sampling: Sampling) -> None:
     drafter = TreeDrafter(make_draft("eagle", eight), eight, STATIC, sampling)
     prompts = torch.tensor([PROMPT] * 3)
     output = eight.prefill(prompts, capture=drafter.capture)
     roots = torch.tensor([1, 2, 3])
-    drafter.prefill(prompts, [5, 5, 5], roots, output.captured)
+    drafter.prefill(prompts, [5, 3, 4], roots, output.captured)
     uniforms = torch.rand(3, STATIC.nodes, dtype=torch.float64)
     with HostReads():
         proposal = drafter.propose_tree(roots, uniforms)
+        assert drafter.propose(4, uniforms).tokens.shape == (3, 4)
     assert (proposal.probabilities is None) == sampling.greedy
     assert proposal.tree.tokens.shape == (3, 1 + STATIC.nodes)
 

@@ -75,7 +75,7 @@ class ChainDrafter:
         """See :class:`~speculators.decoding.drafters.Drafter`."""
         self._cache.drop_drafted()
         states, logits = self._states, self._logits
-        positions = torch.tensor(self._cache.lengths, device=logits.device)[:, None]
+        positions = self._cache.committed
         tokens: list[Tensor] = []
         probabilities: list[Tensor] = []
         for step in range(count):
@@ -98,12 +98,12 @@ class ChainDrafter:
         self._cache.drop_drafted()
         hidden = model.spec.draft_input(streams, self._head, model.config)
         hidden = hidden.to(next(model.parameters()).dtype)
-        first = torch.tensor(self._cache.lengths, device=device)[:, None]
+        first = self._cache.committed.to(device)
         positions = first + torch.arange(tokens.shape[1], device=device)
         self._cache.extend(counts)
         output = model(tokens, model.combine_hidden_states(hidden), positions, self._cache)
         row = torch.arange(len(counts), device=device)
-        last = torch.tensor(counts, device=device) - 1
+        last = (self._cache.committed - first)[:, 0] - 1
         self._states = output.states[row, last][:, None]
         self._logits = model.logits(output.head_input[row, last])
 

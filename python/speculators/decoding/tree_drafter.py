@@ -151,8 +151,7 @@ class TreeDrafter(ChainDrafter):
         self, tokens: Tensor, states: Tensor, depth: int, sees: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One pass for nodes ``[B, R]`` of a depth: their states and logits ``[B, R, W]``."""
-        committed = torch.tensor(self._cache.lengths, device=tokens.device)[:, None]
-        positions = (committed + depth - 1).expand(-1, tokens.shape[1])
+        positions = (self._cache.committed + depth - 1).expand(-1, tokens.shape[1])
         self._cache.draft(sees)
         output = self._model(tokens, states, positions, self._cache)
         return output.states, self._model.logits(output.head_input)

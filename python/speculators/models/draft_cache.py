@@ -33,6 +33,7 @@ class DraftCache(DraftAttention):
 
     def __init__(self, batch_size: int) -> None:
         self._lengths = [0] * batch_size
+        self._committed = torch.zeros(batch_size, 1, dtype=torch.int64)
         self._drafted = 0
         # Of the next pass: counts where it commits, the tree's mask where it drafts.
         self._extends = True
@@ -50,6 +51,11 @@ class DraftCache(DraftAttention):
     def lengths(self) -> list[int]:
         """Committed rows of each sequence."""
         return list(self._lengths)
+
+    @property
+    def committed(self) -> Tensor:
+        """The same as int64 ``[B, 1]``, on the device since the pass that made it so."""
+        return self._committed
 
     def extend(self, counts: Sequence[int] | Tensor | None = None) -> None:
         """The next pass commits rows.
@@ -90,6 +96,7 @@ class DraftCache(DraftAttention):
         """Keeps these sequences only, in this order."""
         index = torch.tensor(rows, device=self._positions.device)
         self._lengths = [self._lengths[row] for row in rows]
+        self._committed = self._committed[index]
         self._positions = self._positions[index]
         self._buffers = {key: buffer[index] for key, buffer in self._buffers.items()}
 
@@ -107,10 +114,13 @@ class DraftCache(DraftAttention):
         self._slots = None
         slots = self._first + torch.arange(rows, device=device)[None]
         if min(first) != max(first):
-            self._slots = slots = slots + torch.tensor(first, device=device)[:, None] - self._first
+            self._slots = slots = slots + self._committed + (self._drafted - self._first)
         if self._extends:
             counts = self._counts or [rows] * batch
             self._lengths = [n + count for n, count in zip(self._lengths, counts, strict=True)]
+            lengths = torch.tensor(self._lengths)[:, None]
+            # Once for all passes until the next such; each sending would wait for the device.
+            self._committed = lengths.to(device, non_blocking=True)
         else:
             self._drafted += rows
         self._mask = self._visible(slots, rows)
@@ -127,9 +137,8 @@ class DraftCache(DraftAttention):
                 return None
             return torch.arange(self._end, device=slots.device) <= slots[..., None]
         batch = len(self._lengths)
-        committed = torch.tensor(self._lengths, device=slots.device)[:, None]
-        mask = torch.arange(self._end, device=slots.device) < committed
-        drafted = committed + torch.arange(self._drafted, device=slots.device)
+        mask = torch.arange(self._end, device=slots.device) < self._committed
+        drafted = self._committed + torch.arange(self._drafted, device=slots.device)
         return (
             mask[:, None]
             .repeat(1, rows, 1)

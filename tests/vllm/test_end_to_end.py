@@ -70,7 +70,7 @@ training:
   tracker: {{name: none}}
 """
 SERVER = ["--dtype=float32", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=8"]
-PATIENCE = 240  # seconds for a command, and for a server to start
+PATIENCE = 600  # seconds for a command, and for a server to start
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 
 

@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 from benchmarks.decoding.decoders import Settings
 
-from speculators.decoding import generation
 from speculators.decoding.draft_models import Shaped, drafter_for, num_draft_tokens
 from speculators.decoding.generation import generate_stream
 from speculators.decoding.settings import GenerationSettings
@@ -113,7 +112,6 @@ class _Clock:
             (verifier, "step", VERIFIER),
             (verifier, "crop", CACHE),
             (verifier, "keep_path", CACHE),
-            (generation, "verify_greedy", VERIFICATION),
             (tree_verification, "verify_greedy", VERIFICATION),
         ]
         if model is not None:

@@ -26,8 +26,7 @@ from benchmarks.ops.bench import Bench
 from benchmarks.report import Row
 from torch import Tensor
 
-from speculators.decoding import verification
-from speculators.decoding.sampling import Sampling
+from speculators.decoding.sampling import Sampling, draw
 from speculators.ops import tree_verification_reference as reference
 from speculators.ops.draft_tree import DraftTree, chain_tree
 from speculators.ops.tree_verification import (
@@ -229,13 +228,26 @@ def _reference(made: Inputs) -> TreeVerdict:
     )
 
 
-def _whole(made: Inputs) -> verification.Verdict:
-    """A chain, as a decoder verifies it without the operators."""
+def _whole(made: Inputs) -> tuple[Tensor, Tensor]:
+    """A chain, as decoders verify it without such operators: all rows, all tokens."""
     drafted = made.tree.tokens[:, 1:]
     if made.rule.mode is None:
-        return verification.verify_greedy(made.logits, drafted)
+        best = made.logits.argmax(-1)
+        accepted = (best[:, :-1] == drafted).long().cumprod(1).sum(1)
+        return accepted, best.gather(1, accepted[:, None])[:, 0]
     p = Sampling(temperature=1.0, top_p=made.rule.top_p).distribution(made.logits)
-    return verification.verify_sampling(p, drafted, made.q, made.uniforms)
+    one, last = drafted[..., None], drafted.shape[1] - 1
+    q = 1.0 if made.q is None else made.q.gather(2, one)[..., 0]
+    accept = made.uniforms[:, 1:] * q < p[:, :-1].gather(2, one)[..., 0]
+    accepted = accept.long().cumprod(1).sum(1)
+    rows, place = torch.arange(len(p), device=p.device), accepted.clamp(max=last)
+    weights = p[rows, accepted]
+    if made.q is None:
+        rest = weights.scatter(1, drafted.gather(1, place[:, None]), 0.0)
+    else:
+        rest = (weights - made.q[rows, place]).clamp(min=0)
+    weights = torch.where((accepted <= last)[:, None], rest, weights)
+    return accepted, draw(weights, made.uniforms[:, 0])
 
 
 def cases(bench: Bench) -> Iterator[Case]:

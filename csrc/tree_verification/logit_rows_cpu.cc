@@ -30,7 +30,7 @@ SPECULATORS_INLINE float to_float(bfloat16_bits bits) {
 
 // A NaN is never the largest.
 template <typename T>
-SPECULATORS_INLINE float largest_of(const T* z, int64_t size) {
+SPECULATORS_INLINE float largest_number_of(const T* z, int64_t size) {
   float result = kNone;
 #pragma omp simd reduction(max : result)
   for (int64_t i = 0; i < size; ++i) {
@@ -38,6 +38,29 @@ SPECULATORS_INLINE float largest_of(const T* z, int64_t size) {
     result = value > result ? value : result;
   }
   return result;
+}
+
+SPECULATORS_INLINE float largest_of(const float* z, int64_t size) {
+  return largest_number_of(z, size);
+}
+
+// Numbers in the order of these integers, the negative ones turned around; and its inverse.
+SPECULATORS_INLINE int16_t ordered(int16_t bits) {
+  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7FFF));
+}
+
+// Compared as integers, of which a vector holds twice as many as of floats.
+SPECULATORS_INLINE float largest_of(const bfloat16_bits* z, int64_t size) {
+  constexpr int16_t kInfinity = 0x7F80;
+  constexpr int16_t kMinusInfinity = static_cast<int16_t>(0xFF80);
+  int16_t result = ordered(kMinusInfinity);  // a NaN below zero is less
+#pragma omp simd reduction(max : result)
+  for (int64_t i = 0; i < size; ++i) {
+    const int16_t value = ordered(static_cast<int16_t>(z[i]));
+    result = value > result ? value : result;
+  }
+  if (result > kInfinity) return largest_number_of(z, size);  // a NaN above zero
+  return to_float(static_cast<bfloat16_bits>(ordered(result)));
 }
 
 template <typename T>
@@ -51,10 +74,11 @@ SPECULATORS_INLINE int64_t index_of_largest_of(const T* z, int64_t width) {
       chunk = begin;
     }
   }
-  for (int64_t i = chunk; i < width; ++i) {
-    if (to_float(z[i]) == largest && largest > kNone) return i;
-  }
-  return 0;
+  if (largest == kNone) return 0;
+  int64_t begin = chunk;  // of the block that it is in
+  while (largest_of(z + begin, std::min(kBlock, width - begin)) != largest) begin += kBlock;
+  while (to_float(z[begin]) != largest) ++begin;
+  return begin;
 }
 
 template <typename T>

@@ -15,7 +15,7 @@ from tests.decoding.chi_square import ChiSquare, chi_square
 from tests.decoding.drafts import make_draft
 from torch import Tensor
 
-from speculators.decoding import combined_drafter, verification
+from speculators.decoding import combined_drafter
 from speculators.decoding.chain import ChainDrafter
 from speculators.decoding.combined_drafter import CombinedDrafter
 from speculators.decoding.draft_models import Draft
@@ -25,6 +25,9 @@ from speculators.decoding.sampling import GREEDY, Sampling
 from speculators.decoding.settings import GenerationSettings
 from speculators.decoding.suffix_drafter import SuffixDrafter, suffix_corpus
 from speculators.models.verifier.verifier import Verifier
+from speculators.ops import tree_verification
+from speculators.ops.draft_tree import DraftTree
+from speculators.ops.tree_verification import TreeVerdict
 
 V = 8
 SAMPLES = 10_000
@@ -175,8 +178,17 @@ def test_a_q_that_was_not_drawn_from_is_noticed(verifier: Verifier) -> None:
     assert found.power > 0.999
 
 
-def test_a_wrong_residual_is_noticed(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_residual", lambda p, *_: p)
+def test_numbers_that_are_used_twice_are_noticed(
+    verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tree_verification.verify_sampling
+
+    def one_number_for_all(
+        logits: Tensor, tree: DraftTree, uniforms: Tensor, **options: Any
+    ) -> TreeVerdict:
+        return right(logits, tree, uniforms[:, :1].expand_as(uniforms), **options)
+
+    monkeypatch.setattr(tree_verification, "verify_sampling", one_number_for_all)
     found, _ = run(verifier, make_draft("eagle", verifier), PLAIN)
     assert found.rejected
     assert found.power > 0.999

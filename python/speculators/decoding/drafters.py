@@ -25,15 +25,21 @@ class Proposal:
     Attributes:
         tokens: int64 ``[B, K]``, the verifier's ids, on the verifier's device. K may be less than
             asked for, and 0.
-        probabilities: ``[B, K, V]``, the distribution over the verifier's vocabulary that each
-            token was DRAWN from; None for tokens that were not drawn but chosen, whatever scores
-            they were chosen by.
+        probabilities: float32 ``[B, K, V]``, the distribution over the verifier's vocabulary that
+            each token was DRAWN from; None for tokens that were not drawn but chosen, whatever
+            scores they were chosen by.
         counts: how many tokens of each row are real, the first ones; None: all.
     """
 
     tokens: Tensor
     probabilities: Tensor | None = None
     counts: Sequence[int] | None = None
+
+    @property
+    def mode(self) -> SamplingMode:
+        """How its tokens came about, which decides how they are verified when sampling."""
+        drawn = self.probabilities is not None
+        return SamplingMode.WITH_REPLACEMENT if drawn else SamplingMode.POINT_MASS
 
 
 class Drafter(Protocol):

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
-from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting, TreeProposal
-from speculators.decoding.sampling import RandomNumbers, draw
+from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting
+from speculators.decoding.sampling import RandomNumbers
 from speculators.decoding.settings import GenerationSettings, Prompts, check_prompts, pad_prompts
 from speculators.decoding.stopping import FinishReason, Stopping
-from speculators.decoding.verification import Verdict, verify_greedy, verify_sampling
 from speculators.models.verifier.cache import VerifierState
 from speculators.models.verifier.verifier import Verifier
 from speculators.ops import tree_verification
+from speculators.ops.draft_tree import DraftTree, chain_tree
+from speculators.ops.tree_verification import SamplingMode, TreeVerdict
 
 Generator = torch.Generator | Sequence[torch.Generator] | None
 
@@ -156,7 +157,10 @@ class _Generation:
         self._cached = self._state.host_lengths
         greedy = self._settings.sampling.greedy
         uniforms = None if greedy else self._random.uniforms(1, self._rows)
-        tokens = self._choose(output.logits[:, -1], uniforms)
+        # After the prompt's last token, whose tree has no drafted nodes.
+        tree = chain_tree(self._prompts[:, -1:].to(output.logits.device))
+        mode = SamplingMode.POINT_MASS
+        tokens = self._verify(output.logits[:, -1:], tree, mode, None, uniforms).next_tokens
         new = [[token] for token in tokens.tolist()]
         emitted, kept = self._emit(new)
         if kept:
@@ -179,29 +183,27 @@ class _Generation:
         if self._nodes and self._room() >= self._depth:
             return self._tree_step(uniforms)
         proposal = self._propose(uniforms)
-        width = 0 if proposal is None else proposal.tokens.shape[1]
-        read = self._last if proposal is None else torch.cat([self._last, proposal.tokens], 1)
+        counts, width = proposal.counts, proposal.tokens.shape[1]
+        read = torch.cat([self._last, proposal.tokens], 1)
         output = self._verifier.step(read, self._state, capture=self._capture)
         assert output.logits is not None  # noqa: S101 - for the type checker
-        if proposal is None:
-            next_tokens = tokens = self._choose(output.logits[:, -1], uniforms)[:, None]
-            new: list[list[int]] = tokens.tolist()
-        else:
-            verdict = self._verify(output.logits, proposal, uniforms)
-            accepted, next_tokens = verdict.accepted[:, None], verdict.next_tokens[:, None]
-            tokens = torch.cat([proposal.tokens, next_tokens], 1)
-            tokens = tokens.scatter(1, accepted, next_tokens)
-            new = [row[1 : row[0] + 2] for row in torch.cat([accepted, tokens], 1).tolist()]
-        self._record(new, width, None if proposal is None else proposal.counts)
+        tree = chain_tree(read, None if counts is None else torch.tensor(counts).to(read.device))
+        # A sequence's numbers must not depend on how many tokens others got.
+        later = None if uniforms is None else uniforms[:, self._count :]
+        verdict = self._verify(output.logits, tree, proposal.mode, proposal.probabilities, later)
+        tokens = verdict.emitted(tree)
+        rows = torch.cat([verdict.accepted[:, None], tokens], 1).tolist()
+        new = [row[1 : row[0] + 2] for row in rows]
+        self._record(new, width, counts)
         emitted, kept = self._advance(new)
         if kept:
-            counts = [len(new[row]) for row in kept]
+            lengths = [len(new[row]) for row in kept]
             index = self._keep(kept)
-            self._cached = [n + count for n, count in zip(self._cached, counts, strict=True)]
-            if min(counts) <= width:
+            self._cached = [n + more for n, more in zip(self._cached, lengths, strict=True)]
+            if min(lengths) <= width:
                 self._verifier.crop(self._state, self._cached)
-            self._last = _rows_of(next_tokens, index)
-            self._update_drafter(tokens, counts, output.captured, index)
+            self._last = _rows_of(verdict.next_tokens[:, None], index)
+            self._update_drafter(tokens.clamp(min=0), lengths, output.captured, index)
         return emitted
 
     def _tree_step(self, uniforms: Tensor | None) -> list[list[int]]:
@@ -214,12 +216,13 @@ class _Generation:
             tree.tokens, self._state, tree=proposal.layout, capture=self._capture
         )
         assert output.logits is not None  # noqa: S101 - for the type checker
-        verdict = self._verify_tree(output.logits, proposal, uniforms)
+        later = None if uniforms is None else uniforms[:, self._nodes :]
+        verdict = self._verify(output.logits, tree, proposal.mode, proposal.probabilities, later)
         tokens = verdict.emitted(tree)
         depths = proposal.layout.depths.masked_fill(tree.parents < 0, 0).amax(1)
-        numbers = torch.cat([depths[:, None], verdict.accepted[:, None], tokens], 1).tolist()
-        new = [row[2 : row[1] + 3] for row in numbers]
-        self._record(new, 0, [row[0] for row in numbers])
+        rows = torch.cat([depths[:, None], verdict.accepted[:, None], tokens], 1).tolist()
+        new = [row[2 : row[1] + 3] for row in rows]
+        self._record(new, 0, [row[0] for row in rows])
         emitted, kept = self._advance(new)
         if kept:
             counts = [len(new[row]) for row in kept]
@@ -242,48 +245,33 @@ class _Generation:
             return sys.maxsize
         return self._max_length - 2 - max(self._cached)
 
-    def _propose(self, uniforms: Tensor | None) -> Proposal | None:
+    def _propose(self, uniforms: Tensor | None) -> Proposal:
         """A draft that neither goes beyond the verifier's positions nor predicts beyond them."""
         count = min(self._count, self._room())
         if self._drafter is None or count < 1:
-            return None
-        proposal = self._drafter.propose(count, None if uniforms is None else uniforms[:, :count])
-        return proposal if proposal.tokens.shape[1] else None
+            return Proposal(self._last[:, :0])
+        return self._drafter.propose(count, None if uniforms is None else uniforms[:, :count])
 
-    def _choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
-        """The verifier's own tokens: logits ``[rows, V]`` to int64 ``[rows]``."""
-        if uniforms is None:
-            return logits.argmax(-1)
-        return draw(self._settings.sampling.distribution(logits), uniforms[:, -1])
-
-    def _verify(self, logits: Tensor, proposal: Proposal, uniforms: Tensor | None) -> Verdict:
-        tokens = proposal.tokens
-        if uniforms is None:
-            return verify_greedy(logits, tokens, proposal.counts)
-        # A sequence's numbers must not depend on how many tokens others got.
-        end = self._count + tokens.shape[1]
-        return verify_sampling(
-            self._settings.sampling.distribution(logits),
-            tokens,
-            proposal.probabilities,
-            torch.cat([uniforms[:, self._count : end], uniforms[:, -1:]], 1),
-            proposal.counts,
-        )
-
-    def _verify_tree(
-        self, logits: Tensor, proposal: TreeProposal, uniforms: Tensor | None
-    ) -> tree_verification.TreeVerdict:
+    def _verify(
+        self,
+        logits: Tensor,
+        tree: DraftTree,
+        mode: SamplingMode,
+        probabilities: Tensor | None,
+        uniforms: Tensor | None,
+    ) -> TreeVerdict:
+        """Verifies by the first of the random numbers, or greedily where there are none."""
         if logits.dtype == torch.float16:
             logits = logits.float()  # the operators have no float16
         if uniforms is None:
-            return tree_verification.verify_greedy(logits, proposal.tree)
-        sampling, end = self._settings.sampling, self._nodes + proposal.tree.tokens.shape[1]
+            return tree_verification.verify_greedy(logits, tree)
+        sampling = self._settings.sampling
         return tree_verification.verify_sampling(
             logits,
-            proposal.tree,
-            uniforms[:, self._nodes : end].contiguous(),
-            mode=proposal.mode,
-            draft_probabilities=proposal.probabilities,
+            tree,
+            uniforms[:, : tree.tokens.shape[1]],
+            mode=mode,
+            draft_probabilities=probabilities,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,

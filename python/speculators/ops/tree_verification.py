@@ -3,8 +3,7 @@
 :func:`build_tree` keeps the best nodes of a drafted tree; :func:`verify_greedy` and
 :func:`verify_sampling` go from the verifier's logits to the accepted path and the bonus token, and
 nothing waits for the device. :mod:`speculators.ops.draft_tree` says how nodes are numbered. A chain
-is the tree ``chain_tree(tokens)``; then ``accepted`` and ``next_tokens`` are what
-``decoding.verification`` calls so.
+is the tree ``chain_tree(tokens)``, and a root alone is what plain decoding verifies.
 
 Sampling is lossless only if the rule fits the way in which siblings came about, so the mode is
 always named:
@@ -162,8 +161,13 @@ def verify_greedy(logits: Tensor, tree: DraftTree) -> TreeVerdict:
     _check_tree(logits, tree)
     arguments = (logits, tree.tokens, tree.parents)
     if backend.choose(logits.device.type).backend is Backend.REFERENCE:
+        _check_values(logits, tree)
         return TreeVerdict(*reference.verify_greedy_reference(*arguments))
-    return TreeVerdict(*torch.ops.speculators.verify_greedy(*arguments))
+    try:
+        return TreeVerdict(*torch.ops.speculators.verify_greedy(*arguments))
+    except RuntimeError:
+        _check_values(logits, tree)
+        raise
 
 
 def verify_sampling(
@@ -215,9 +219,7 @@ def verify_sampling(
     _check_tree(logits, tree)
     _expect(uniforms, "uniforms", torch.float64, tree.tokens.shape, logits.device, "[B, N]")
     if draft_probabilities is not None:
-        _check_draft(logits, tree, draft_probabilities)
-    if _can_look(uniforms) and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        raise ValueError("uniforms has a number outside of [0, 1)")
+        _check_draft(logits, draft_probabilities)
     if temperature == 0:
         return verify_greedy(logits, tree)
     arguments = (logits, tree.tokens, tree.parents, draft_probabilities, uniforms)
@@ -225,6 +227,7 @@ def verify_sampling(
     chosen = backend.choose(logits.device.type).backend
     try:
         if chosen is Backend.REFERENCE:
+            _check_values(logits, tree, draft_probabilities, uniforms)
             return TreeVerdict(*reference.verify_sampling_reference(*arguments, *settings))
         return TreeVerdict(*torch.ops.speculators.verify_sampling(*arguments, *settings))
     except (RuntimeError, reference.ImpossibleTokenError) as error:
@@ -236,6 +239,7 @@ def verify_sampling(
                 "sibling has the token. Pass what it was drawn from, or use the mode that it was "
                 "drawn in"
             ) from None
+        _check_values(logits, tree, draft_probabilities, uniforms)
         raise
 
 
@@ -273,6 +277,12 @@ def _check_tree(logits: Tensor, tree: DraftTree) -> None:
         )
     _expect(tree.tokens, "tree.tokens", torch.int64, logits.shape[:2], logits.device, "[B, N]")
     _expect(tree.parents, "tree.parents", torch.int64, logits.shape[:2], logits.device, "[B, N]")
+
+
+def _check_values(
+    logits: Tensor, tree: DraftTree, q: Tensor | None = None, uniforms: Tensor | None = None
+) -> None:
+    """Says what is wrong with numbers that an operator has refused, where they can be read."""
     if not _can_look(logits):
         return
     _check_parents(tree.parents, 1)
@@ -284,6 +294,13 @@ def _check_tree(logits: Tensor, tree: DraftTree) -> None:
             f"tree.tokens[{row}, {node}] is {int(tree.tokens[row, node])}, expected 0 <= token < "
             f"{width} (V)"
         )
+    if q is not None and tree.parents.numel() and int(tree.parents.max()) >= q.shape[1]:
+        raise ValueError(
+            f"draft_probabilities has {q.shape[1]} rows, expected more than "
+            f"{int(tree.parents.max())}, the last node that has children"
+        )
+    if uniforms is not None and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError("uniforms has a number outside of [0, 1)")
 
 
 def _check_parents(parents: Tensor, root: int) -> None:
@@ -299,16 +316,11 @@ def _check_parents(parents: Tensor, root: int) -> None:
         )
 
 
-def _check_draft(logits: Tensor, tree: DraftTree, q: Tensor) -> None:
+def _check_draft(logits: Tensor, q: Tensor) -> None:
     batch, _, width = logits.shape
     rows = q.shape[1] if q.dim() == 3 else 0
     shape = torch.Size((batch, rows, width))
     _expect(q, "draft_probabilities", torch.float32, shape, logits.device, "[B, R, V]")
-    if _can_look(logits) and tree.parents.numel() and int(tree.parents.max()) >= rows:
-        raise ValueError(
-            f"draft_probabilities has {rows} rows, expected more than {int(tree.parents.max())}, "
-            "the last node that has children"
-        )
 
 
 def _check_mode(tree: DraftTree, mode: SamplingMode, q: Tensor | None) -> None:

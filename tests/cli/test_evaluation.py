@@ -78,6 +78,13 @@ def test_a_search_for_what_is_given_is_a_mistake(flags: list[str], named: str) -
     )
 
 
+@pytest.mark.parametrize("flag", ["--against-vllm", "--endpoint=http://127.0.0.1:1"])
+def test_a_search_does_not_ask_vllm(flag: str) -> None:
+    result = run("draft", "--prompts=x", "--search", flag)
+    assert result.exit_code == 2, result.output
+    assert "error: --search times our own decoder" in result.output
+
+
 def test_the_report_of_a_draft_of_the_hub_is_not_written_into_the_hubs_cache(
     draft: pathlib.Path,
     prompts: pathlib.Path,

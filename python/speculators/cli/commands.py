@@ -200,6 +200,10 @@ def evaluate(
             "evaluate.suffix_corpus": suffix_corpus,
             "verifier.dtype": dtype,
         }
+        if search and (against_vllm or endpoint is not None):
+            raise UsageError(
+                "--search times our own decoder; vLLM is searched by `bench --k=1,3,5`"
+            )
         if search:
             _check_search(context, words)
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)

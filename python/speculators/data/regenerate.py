@@ -12,7 +12,6 @@ come with checkpoints (top-k, repetition penalties) change the verifier's distri
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -92,8 +91,7 @@ def write_responses(
     )
     generator = torch.Generator(verifier.device).manual_seed(seed)
     responses: list[Tensor] = []
-    # Prompts that the verifier must not read together are apart.
-    for _, alike in itertools.groupby(prompts, lambda prompt: verifier.is_long(len(prompt))):
+    for alike in verifier.readable_together(prompts):
         texts = [prompt.tolist() for prompt in alike]
         output = generate(verifier, None, texts, generation, generator=generator)
         responses += map(torch.tensor, output.sequences)

@@ -5,7 +5,6 @@ registers a factory under a name; nothing here imports it.
 """
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -118,12 +117,9 @@ class TransformersSource:
             yield from self._padded(batch)
 
     def _batches(self, documents: Sequence[Tensor], batch_tokens: int) -> Iterator[list[Tensor]]:
-        """Neighbours; those that the verifier must not read together are apart."""
+        """Neighbours that the verifier may read together."""
         for places in length_batches([len(document) for document in documents], batch_tokens):
-            for _, alike in itertools.groupby(
-                (documents[place] for place in places), lambda one: self.model.is_long(len(one))
-            ):
-                yield list(alike)
+            yield from self.model.readable_together(documents[place] for place in places)
 
     def write_responses(
         self, prompts: Sequence[Tensor], settings: RegenerateSettings, seed: int

@@ -149,6 +149,7 @@ class _Generation:
         while self._rows:
             yield self._step()
 
+    @torch.inference_mode()
     def _prefill(self) -> list[list[int]]:
         output = self._verifier.prefill(self._prompts, self._mask, capture=self._capture)
         assert output.state is not None  # noqa: S101 - for the type checker
@@ -175,6 +176,7 @@ class _Generation:
                 )
         return emitted
 
+    @torch.inference_mode()
     def _step(self) -> list[list[int]]:
         greedy = self._settings.sampling.greedy
         # As many in every step, so that a sequence's numbers do not depend on the other sequences.

@@ -9,9 +9,10 @@ verifier is asked for four tokens, and its own logits must be those of the ``Ver
 """
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from speculators.models.verifier.head import VerifierHead
 from speculators.models.verifier.tree import TokenTree, keep_path, tree_masks
 
 LogitRows = Literal["last", "all", "none"]
+Text = TypeVar("Text", bound=Sized)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,11 @@ class Verifier:
     def is_long(self, length: int) -> bool:
         """Whether so many tokens get other rotary embeddings than fewer do: see growth_limit."""
         return self._rotary is not None and length > self._rotary[0]
+
+    def readable_together(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
+        """Groups neighbours, such that no group has texts of which some are long and some not."""
+        for _, alike in itertools.groupby(texts, lambda text: self.is_long(len(text))):
+            yield list(alike)
 
     def growth_limit(self, lengths: Iterable[int]) -> int | None:
         """How long sequences that begin with prompts of these lengths can grow in one cache.

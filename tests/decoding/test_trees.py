@@ -367,6 +367,7 @@ class ChosenWithQ(TreeDrafter):
         chosen = super().propose_tree(roots, uniforms)
         self._sampling = PLAIN
         assert drawn.probabilities is not None
+        assert chosen.layout is not None
         # Of the root's children the q is right either way; those below have other parents now.
         return TreeProposal(
             DraftTree(chosen.tree.tokens[:, :4], chosen.tree.parents[:, :4]),

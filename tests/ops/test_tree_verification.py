@@ -222,6 +222,25 @@ def test_logits_that_are_no_numbers(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [1, 65, 9001])
+def test_any_bits_of_bfloat16_are_compared_as_numbers(width: int, device: str) -> None:
+    """Both zeros, infinities, subnormal numbers and NaNs of both signs."""
+    generator = torch.Generator().manual_seed(width)
+    bits = torch.randint(-(2**15), 2**15, (60, 1, width), generator=generator, dtype=torch.int16)
+    bits[20:40] |= -(2**15)  # all below zero
+    bits[40:, :, : width // 2] = -(2**15)
+    bits[40:, :, width // 2 :] = torch.tensor([-(2**15), 0, -(2**7) + 1])[
+        torch.randint(3, (20, 1, width - width // 2), generator=generator)
+    ].short()  # zeros of both signs, and a NaN
+    logits = bits.view(torch.bfloat16).to(device)
+    tree = chain_tree(torch.zeros(60, 1, dtype=torch.int64, device=device))
+    with backend.forced(COMPILED[device]):
+        found = verify_greedy(logits, tree)
+    with on_reference():
+        expect_equal(found, verify_greedy(logits, tree))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", SamplingMode)
 def test_strided_arguments(mode: SamplingMode, dtype: torch.dtype, device: str) -> None:

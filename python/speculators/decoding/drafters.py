@@ -107,14 +107,14 @@ class TreeProposal:
 
     Attributes:
         tree: N nodes each, the root included; ids are the verifier's.
-        layout: what the verifier needs to read it.
+        layout: what the verifier needs to read it; None: it is a chain.
         mode: how siblings came about, which decides how they are verified when sampling.
         probabilities: float32 ``[B, R, V]``: row i is what node i's children were drawn from; None
             where they were not drawn.
     """
 
     tree: DraftTree
-    layout: TokenTree
+    layout: TokenTree | None = None
     mode: SamplingMode = SamplingMode.POINT_MASS
     probabilities: Tensor | None = None
 

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from speculators.decoding.acceptance import AcceptanceCounts
 from speculators.decoding.draft_models import Draft, drafter_for, num_draft_tokens
-from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting
+from speculators.decoding.drafters import Finishing, Proposal, TreeDrafting, TreeProposal
 from speculators.decoding.sampling import RandomNumbers
 from speculators.decoding.settings import GenerationSettings, Prompts, check_prompts, pad_prompts
 from speculators.decoding.stopping import FinishReason, Stopping
 from speculators.models.verifier.cache import VerifierState
 from speculators.models.verifier.verifier import Verifier
 from speculators.ops import tree_verification
-from speculators.ops.draft_tree import DraftTree, chain_tree
-from speculators.ops.tree_verification import SamplingMode, TreeVerdict
+from speculators.ops.draft_tree import chain_tree
+from speculators.ops.tree_verification import TreeVerdict
 
 Generator = torch.Generator | Sequence[torch.Generator] | None
 
@@ -158,10 +158,9 @@ class _Generation:
         self._cached = self._state.host_lengths
         greedy = self._settings.sampling.greedy
         uniforms = None if greedy else self._random.uniforms(1, self._rows)
-        # After the prompt's last token, whose tree has no drafted nodes.
-        tree = chain_tree(self._prompts[:, -1:].to(output.logits.device))
-        mode = SamplingMode.POINT_MASS
-        tokens = self._verify(output.logits[:, -1:], tree, mode, None, uniforms).next_tokens
+        # A tree of the prompt's last token alone.
+        root = TreeProposal(chain_tree(self._prompts[:, -1:].to(output.logits.device)))
+        tokens = self._verify(output.logits[:, -1:], root, uniforms).next_tokens
         new = [[token] for token in tokens.tolist()]
         emitted, kept = self._emit(new)
         if kept:
@@ -179,65 +178,39 @@ class _Generation:
     @torch.inference_mode()
     def _step(self) -> list[list[int]]:
         greedy = self._settings.sampling.greedy
-        # As many in every step, so that a sequence's numbers do not depend on the other sequences.
-        numbers = 2 * max(self._count, self._nodes) + 1
-        uniforms = None if greedy else self._random.uniforms(numbers, self._rows)
-        if self._nodes and self._room() >= self._depth:
-            return self._tree_step(uniforms)
+        # As many in every step, and those to verify by always at the same place: a sequence's
+        # numbers must not depend on what others do.
+        most = max(self._count, self._nodes)
+        uniforms = None if greedy else self._random.uniforms(2 * most + 1, self._rows)
         proposal = self._propose(uniforms)
-        counts, width = proposal.counts, proposal.tokens.shape[1]
-        read = torch.cat([self._last, proposal.tokens], 1)
-        output = self._verifier.step(read, self._state, capture=self._capture)
-        assert output.logits is not None  # noqa: S101 - for the type checker
-        tree = chain_tree(read, None if counts is None else torch.tensor(counts).to(read.device))
-        # A sequence's numbers must not depend on how many tokens others got.
-        later = None if uniforms is None else uniforms[:, self._count :]
-        verdict = self._verify(output.logits, tree, proposal.mode, proposal.probabilities, later)
-        tokens = verdict.emitted(tree)
-        rows = torch.cat([verdict.accepted[:, None], tokens], 1).tolist()
-        new = [row[1 : row[0] + 2] for row in rows]
-        self._record(new, width, counts)
-        emitted, kept = self._advance(new)
-        if kept:
-            lengths = [len(new[row]) for row in kept]
-            index = self._keep(kept)
-            self._cached = [n + more for n, more in zip(self._cached, lengths, strict=True)]
-            if min(lengths) <= width:
-                self._verifier.crop(self._state, self._cached)
-            self._last = _rows_of(verdict.next_tokens[:, None], index)
-            self._update_drafter(tokens.clamp(min=0), lengths, output.captured, index)
-        return emitted
-
-    def _tree_step(self, uniforms: Tensor | None) -> list[list[int]]:
-        proposal = cast("TreeDrafting", self._drafter).propose_tree(
-            self._last[:, 0], None if uniforms is None else uniforms[:, : self._nodes]
-        )
-        tree = proposal.tree
+        tree, layout = proposal.tree, proposal.layout
         nodes = tree.tokens.shape[1]
-        output = self._verifier.step(
-            tree.tokens, self._state, tree=proposal.layout, capture=self._capture
-        )
+        output = self._verifier.step(tree.tokens, self._state, tree=layout, capture=self._capture)
         assert output.logits is not None  # noqa: S101 - for the type checker
-        later = None if uniforms is None else uniforms[:, self._nodes :]
-        verdict = self._verify(output.logits, tree, proposal.mode, proposal.probabilities, later)
-        tokens = verdict.emitted(tree)
-        depths = proposal.layout.depths.masked_fill(tree.parents < 0, 0).amax(1)
+        later = None if uniforms is None else uniforms[:, most : most + nodes]
+        verdict = self._verify(output.logits, proposal, later)
+        tokens, drafted = verdict.emitted(tree), tree.parents >= 0
+        depths = drafted.sum(1) if layout is None else (layout.depths * drafted).amax(1)
         rows = torch.cat([depths[:, None], verdict.accepted[:, None], tokens], 1).tolist()
         new = [row[2 : row[1] + 3] for row in rows]
-        self._record(new, 0, [row[0] for row in rows])
+        self._record(new, [row[0] for row in rows])
         emitted, kept = self._advance(new)
         if kept:
             counts = [len(new[row]) for row in kept]
             index = self._keep(kept)
             self._cached = [n + count for n, count in zip(self._cached, counts, strict=True)]
-            # What stays in the cache: the root, and the accepted nodes.
-            path = torch.nn.functional.pad(verdict.path, (1, 0))[:, : max(counts)].clamp(min=0)
-            self._verifier.keep_path(self._state, nodes, _rows_of(path, index), counts)
             self._last = _rows_of(verdict.next_tokens[:, None], index)
-            streams = {
-                k: stream.gather(1, path[..., None].expand(-1, -1, stream.shape[2]))
-                for k, stream in output.captured.items()
-            }
+            streams = output.captured
+            if layout is not None:
+                # What stays in the cache: the root, and the accepted nodes.
+                path = torch.nn.functional.pad(verdict.path, (1, 0))[:, : max(counts)].clamp(min=0)
+                self._verifier.keep_path(self._state, nodes, _rows_of(path, index), counts)
+                streams = {
+                    k: stream.gather(1, path[..., None].expand(-1, -1, stream.shape[2]))
+                    for k, stream in streams.items()
+                }
+            elif min(counts) < nodes:
+                self._verifier.crop(self._state, self._cached)
             self._update_drafter(tokens.clamp(min=0), counts, streams, index)
         return emitted
 
@@ -247,33 +220,35 @@ class _Generation:
             return sys.maxsize
         return self._max_length - 2 - max(self._cached)
 
-    def _propose(self, uniforms: Tensor | None) -> Proposal:
+    def _propose(self, uniforms: Tensor | None) -> TreeProposal:
         """A draft that neither goes beyond the verifier's positions nor predicts beyond them."""
-        count = min(self._count, self._room())
-        if self._drafter is None or count < 1:
-            return Proposal(self._last[:, :0])
-        return self._drafter.propose(count, None if uniforms is None else uniforms[:, :count])
+        room = self._room()
+        if self._nodes and room >= self._depth:
+            drafter = cast("TreeDrafting", self._drafter)
+            numbers = None if uniforms is None else uniforms[:, : self._nodes]
+            return drafter.propose_tree(self._last[:, 0], numbers)
+        count, chain = min(self._count, room), Proposal(self._last[:, :0])
+        if self._drafter is not None and count > 0:
+            numbers = None if uniforms is None else uniforms[:, :count]
+            chain = self._drafter.propose(count, numbers)
+        tokens = torch.cat([self._last, chain.tokens], 1)
+        counts = None if chain.counts is None else torch.tensor(chain.counts).to(tokens.device)
+        return TreeProposal(chain_tree(tokens, counts), None, chain.mode, chain.probabilities)
 
     def _verify(
-        self,
-        logits: Tensor,
-        tree: DraftTree,
-        mode: SamplingMode,
-        probabilities: Tensor | None,
-        uniforms: Tensor | None,
+        self, logits: Tensor, proposal: TreeProposal, uniforms: Tensor | None
     ) -> TreeVerdict:
-        """Verifies by the first of the random numbers, or greedily where there are none."""
         if logits.dtype == torch.float16:
             logits = logits.float()  # the operators have no float16
         if uniforms is None:
-            return tree_verification.verify_greedy(logits, tree)
+            return tree_verification.verify_greedy(logits, proposal.tree)
         sampling = self._settings.sampling
         return tree_verification.verify_sampling(
             logits,
-            tree,
-            uniforms[:, : tree.tokens.shape[1]],
-            mode=mode,
-            draft_probabilities=probabilities,
+            proposal.tree,
+            uniforms,
+            mode=proposal.mode,
+            draft_probabilities=proposal.probabilities,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -293,11 +268,11 @@ class _Generation:
             {k: _rows_of(stream, index)[:, :width] for k, stream in streams.items()},
         )
 
-    def _record(self, new: list[list[int]], width: int, drafted: Sequence[int] | None) -> None:
-        for place, (row, tokens) in enumerate(zip(self._rows, new, strict=True)):
+    def _record(self, new: list[list[int]], drafted: list[int]) -> None:
+        for row, tokens, depth in zip(self._rows, new, drafted, strict=True):
             accepted = len(tokens) - 1
             self.output.traces[row].append(accepted)
-            self.output.acceptance.record(drafted[place] if drafted else width, accepted)
+            self.output.acceptance.record(depth, accepted)
 
     def _advance(self, new: list[list[int]]) -> tuple[list[list[int]], list[int]]:
         """Emits, and tells a drafter that wants to know how the texts end that do."""

@@ -106,7 +106,7 @@ SPECULATORS_INLINE void maxima_of_blocks(const T* z, int64_t width, float* maxim
 template <typename T>
 SPECULATORS_INLINE void weigh_all(const T* z, int64_t size, float max, float scale,
                                   float* weights) {
-#pragma omp simd simdlen(16)
+#pragma omp simd simdlen(64)
   for (int64_t i = 0; i < size; ++i)
     weights[i] = exponential_or_zero((to_float(z[i]) - max) * scale);
 }

@@ -95,9 +95,6 @@ void NodeSampler::select() {
   }
   if (call_.top_p < 1) {
     keep_top_p();
-    const auto by_token = [](const Candidate& a, const Candidate& b) { return a.token < b.token; };
-    std::sort(candidates_.begin(), candidates_.end(), by_token);
-    weigh_candidates();
     total_ = sum_of(kept_.data(), std::ssize(kept_));
   }
   rest_ = kept_;
@@ -148,17 +145,46 @@ void NodeSampler::gather_for_top_p() {
 }
 
 // Keeps the fewest that have a share top_p of the total; of equal ones those with higher numbers.
+// The last of them is found by halving the range that it is in, in linear time, and the candidates
+// stay in the order of their numbers.
 void NodeSampler::keep_top_p() {
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
+  struct Weighted {
+    Candidate candidate;
+    float weight;
+  };
+  const auto before = [](const Candidate& a, const Candidate& b) {
     return a.score != b.score ? a.score > b.score : a.token > b.token;
-  });
-  weigh_candidates();
-  double head = 0;
+  };
+  const auto weighted_before = [before](const Weighted& a, const Weighted& b) {
+    return before(a.candidate, b.candidate);
+  };
+  std::vector<Weighted> ordered;
+  ordered.reserve(candidates_.size());
+  for (size_t i = 0; i < candidates_.size(); ++i) ordered.push_back({candidates_[i], kept_[i]});
+  const double target = call_.top_p * total_;
+  double head = 0;  // the mass of all before `begin`
+  auto begin = ordered.begin(), end = ordered.end();
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, weighted_before);
+    double mass = 0;
+    for (auto it = begin; it != middle; ++it) mass += it->weight;
+    if (head + mass >= target) {
+      end = middle;
+    } else {
+      head += mass;
+      begin = middle;
+    }
+  }
+  if (begin == end) return;
   size_t count = 0;
-  while (count < kept_.size() && (count == 0 || head < call_.top_p * total_)) {
-    head += kept_[count++];
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    if (before(begin->candidate, candidates_[i])) continue;
+    candidates_[count] = candidates_[i];
+    kept_[count++] = kept_[i];
   }
   candidates_.resize(count);
+  kept_.resize(count);
 }
 
 void NodeSampler::weigh_candidates() {

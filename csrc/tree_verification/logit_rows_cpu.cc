@@ -30,7 +30,7 @@ SPECULATORS_INLINE float to_float(bfloat16_bits bits) {
 
 // A NaN is never the largest.
 template <typename T>
-SPECULATORS_INLINE float largest_number_of(const T* z, int64_t size) {
+SPECULATORS_INLINE float largest_of(const T* z, int64_t size) {
   float result = kNone;
 #pragma omp simd reduction(max : result)
   for (int64_t i = 0; i < size; ++i) {
@@ -38,10 +38,6 @@ SPECULATORS_INLINE float largest_number_of(const T* z, int64_t size) {
     result = value > result ? value : result;
   }
   return result;
-}
-
-SPECULATORS_INLINE float largest_of(const float* z, int64_t size) {
-  return largest_number_of(z, size);
 }
 
 // Numbers in the order of these integers, the negative ones turned around; and its inverse.
@@ -59,7 +55,7 @@ SPECULATORS_INLINE float largest_of(const bfloat16_bits* z, int64_t size) {
     const int16_t value = ordered(static_cast<int16_t>(z[i]));
     result = value > result ? value : result;
   }
-  if (result > kInfinity) return largest_number_of(z, size);  // a NaN above zero
+  if (result > kInfinity) return largest_of<bfloat16_bits>(z, size);  // a NaN above zero
   return to_float(static_cast<bfloat16_bits>(ordered(result)));
 }
 

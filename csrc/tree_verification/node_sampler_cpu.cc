@@ -148,15 +148,11 @@ void NodeSampler::gather_for_top_p() {
 // The last of them is found by halving the range that it is in, in linear time, and the candidates
 // stay in the order of their numbers.
 void NodeSampler::keep_top_p() {
-  struct Weighted {
-    Candidate candidate;
+  struct Weighted : Candidate {
     float weight;
   };
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.score != b.score ? a.score > b.score : a.token > b.token;
-  };
-  const auto weighted_before = [before](const Weighted& a, const Weighted& b) {
-    return before(a.candidate, b.candidate);
   };
   std::vector<Weighted> ordered;
   ordered.reserve(candidates_.size());
@@ -166,7 +162,7 @@ void NodeSampler::keep_top_p() {
   auto begin = ordered.begin(), end = ordered.end();
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, weighted_before);
+    std::nth_element(begin, middle, end, before);
     double mass = 0;
     for (auto it = begin; it != middle; ++it) mass += it->weight;
     if (head + mass >= target) {
@@ -179,7 +175,7 @@ void NodeSampler::keep_top_p() {
   if (begin == end) return;
   size_t count = 0;
   for (size_t i = 0; i < candidates_.size(); ++i) {
-    if (before(begin->candidate, candidates_[i])) continue;
+    if (before(*begin, candidates_[i])) continue;
     candidates_[count] = candidates_[i];
     kept_[count++] = kept_[i];
   }

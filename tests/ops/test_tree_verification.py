@@ -197,6 +197,14 @@ def test_temperature_zero_is_greedy(mode: SamplingMode) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_temperature_zero_takes_no_wrong_numbers_either(name: Backend) -> None:
+    case = make_case(1)
+    case.uniforms[0, 0] = 1.0
+    with backend.forced(name), pytest.raises(ValueError, match="uniforms has a number outside"):
+        sample(case, POINT_MASS, {"temperature": 0.0})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_emitted(name: Backend) -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([[2, 4, 1, 3]]), 5).float() * 50
     tree = DraftTree(torch.tensor([[0, 1, 2, 4]]), torch.tensor([[-1, 0, 0, 2]]))

@@ -200,14 +200,11 @@ def evaluate(
             "evaluate.suffix_corpus": suffix_corpus,
             "verifier.dtype": dtype,
         }
-        if search and (against_vllm or endpoint is not None):
-            raise UsageError(
-                "--search times our own decoder; vLLM is searched by `bench --k=1,3,5`"
-            )
+        vllm = against_vllm or endpoint is not None
         if search:
-            _check_search(context, words)
+            _check_search(context, words, vllm=vllm)
         settings = _recipe(context, None, verifier, None, recipe, words, example=False)
-        if against_vllm or endpoint is not None:
+        if vllm:
             compare_with_vllm(settings, named, output_dir, vllm_python, endpoint)
         elif search:
             search_shapes(settings, named, output_dir)
@@ -215,10 +212,12 @@ def evaluate(
             evaluate_drafts(settings, named, output_dir)
 
 
-def _check_search(context: typer.Context, words: Mapping[str, Any]) -> None:
+def _check_search(context: typer.Context, words: Mapping[str, Any], *, vllm: bool) -> None:
     """A recipe may say how its draft drafts; who asks for it and for a search means one of them."""
     from speculators.cli.recipe import parse_flags
 
+    if vllm:
+        raise UsageError("--search times our own decoder; vLLM is searched by `bench --k=1,3,5`")
     given = {name for name, value in words.items() if value is not None}
     given |= parse_flags(context.args).keys()
     shape = [f"evaluate.{name}" for name in ("k", "tree", "nodes", "depth", "children")]

@@ -232,7 +232,7 @@ class _Generation:
             numbers = None if uniforms is None else uniforms[:, :count]
             chain = self._drafter.propose(count, numbers)
         tokens = torch.cat([self._last, chain.tokens], 1)
-        counts = None if chain.counts is None else torch.tensor(chain.counts).to(tokens.device)
+        counts = None if chain.counts is None else torch.tensor(chain.counts, device=tokens.device)
         return TreeProposal(chain_tree(tokens, counts), None, chain.mode, chain.probabilities)
 
     def _verify(

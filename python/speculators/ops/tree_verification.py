@@ -30,6 +30,8 @@ no duplicate may be left out with replacement (the children that then remain wer
 import dataclasses
 import enum
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,13 +123,8 @@ def build_tree(
     _expect(root_positions, "root_positions", torch.int64, shape[:1], tokens.device, "[B]")
     if size < 0:
         raise ValueError(f"size is {size}, expected how many nodes to keep, 0 or more")
-    if _can_look(tokens):
-        _check_parents(parents, 0)
     arguments = (tokens, parents, scores, root_tokens, root_positions, size)
-    if backend.choose(tokens.device.type).backend is Backend.REFERENCE:
-        result = reference.build_tree_reference(*arguments)
-    else:
-        result = torch.ops.speculators.build_tree(*arguments)
+    result = _run("build_tree", lambda: _check_parents(parents, 0), *arguments)
     new_tokens, new_parents, depths, positions, ancestors, first, after, candidates = result
     return SelectedTree(
         new_tokens,
@@ -160,14 +157,7 @@ def verify_greedy(logits: Tensor, tree: DraftTree) -> TreeVerdict:
     """
     _check_tree(logits, tree)
     arguments = (logits, tree.tokens, tree.parents)
-    if backend.choose(logits.device.type).backend is Backend.REFERENCE:
-        _check_values(logits, tree)
-        return TreeVerdict(*reference.verify_greedy_reference(*arguments))
-    try:
-        return TreeVerdict(*torch.ops.speculators.verify_greedy(*arguments))
-    except RuntimeError:
-        _check_values(logits, tree)
-        raise
+    return TreeVerdict(*_run("verify_greedy", lambda: _check_values(logits, tree), *arguments))
 
 
 def verify_sampling(
@@ -220,16 +210,18 @@ def verify_sampling(
     _expect(uniforms, "uniforms", torch.float64, tree.tokens.shape, logits.device, "[B, N]")
     if draft_probabilities is not None:
         _check_draft(logits, draft_probabilities)
+
+    def check() -> None:
+        _check_values(logits, tree, draft_probabilities, uniforms)
+
     if temperature == 0:
+        if _can_look(logits):
+            check()
         return verify_greedy(logits, tree)
     arguments = (logits, tree.tokens, tree.parents, draft_probabilities, uniforms)
     settings = (int(mode), float(temperature), top_k, float(top_p))
-    chosen = backend.choose(logits.device.type).backend
     try:
-        if chosen is Backend.REFERENCE:
-            _check_values(logits, tree, draft_probabilities, uniforms)
-            return TreeVerdict(*reference.verify_sampling_reference(*arguments, *settings))
-        return TreeVerdict(*torch.ops.speculators.verify_sampling(*arguments, *settings))
+        return TreeVerdict(*_run("verify_sampling", check, *arguments, *settings))
     except (RuntimeError, reference.ImpossibleTokenError) as error:
         if "cannot have been drawn" in str(error):
             raise ValueError(str(error).splitlines()[0]) from None
@@ -239,7 +231,24 @@ def verify_sampling(
                 "sibling has the token. Pass what it was drawn from, or use the mode that it was "
                 "drawn in"
             ) from None
-        _check_values(logits, tree, draft_probabilities, uniforms)
+        raise
+
+
+def _run(name: str, check: Callable[[], None], *arguments: Any) -> Any:
+    """The operator, or its reference.
+
+    Operators refuse numbers that are out of range. ``check`` says it better, but takes longer than
+    they do: so it runs once they have refused, and before the reference, which looks at nothing.
+    """
+    if backend.choose(arguments[0].device.type).backend is Backend.REFERENCE:
+        if _can_look(arguments[0]):
+            check()
+        return getattr(reference, f"{name}_reference")(*arguments)
+    try:
+        return getattr(torch.ops.speculators, name)(*arguments)
+    except RuntimeError:
+        if _can_look(arguments[0]):
+            check()
         raise
 
 
@@ -282,9 +291,7 @@ def _check_tree(logits: Tensor, tree: DraftTree) -> None:
 def _check_values(
     logits: Tensor, tree: DraftTree, q: Tensor | None = None, uniforms: Tensor | None = None
 ) -> None:
-    """Says what is wrong with numbers that an operator has refused, where they can be read."""
-    if not _can_look(logits):
-        return
+    """Says which numbers are out of range."""
     _check_parents(tree.parents, 1)
     drafted, width = tree.parents >= 0, logits.shape[2]
     outside = (drafted & ((tree.tokens < 0) | (tree.tokens >= width))).nonzero()
